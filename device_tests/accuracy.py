@@ -1,0 +1,52 @@
+"""Clean accuracy of anything that gives logits, and its drop against the base. No torch: devices use it.
+
+Rules: images are 8-bit; an image whose logits are not all finite has no prediction and counts as wrong.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from device_tests.evidence import Proportion
+from device_tests.images import from_8bit
+from exporters.runtime import Runtime
+from keys.errors import InputError
+
+NO_PREDICTION = -1
+"""Stands for a prediction where a logit is not finite; equal to no label."""
+
+CHUNK_VALUES = 32_000_000
+"""Float values handed to a runtime at once, so that a large test set is never in memory as floats."""
+
+
+def predict(runtime: Runtime, images: np.ndarray) -> np.ndarray:
+    """Return the class of the largest logit for each uint8 image N×C×H×W: int64 N, ``NO_PREDICTION`` where a logit is NaN or ∞.
+
+    Raises :class:`InputError` if there are no images.
+    """
+    if len(images) == 0:
+        raise InputError("There are no images to judge; give a test set with at least one image.")
+    chunk = max(1, CHUNK_VALUES // images[0].size)
+    predictions = []
+    for start in range(0, len(images), chunk):
+        logits = runtime.logits(from_8bit(images[start : start + chunk]))
+        finite = np.isfinite(logits).all(axis=1)
+        predictions.append(np.where(finite, logits.argmax(axis=1), NO_PREDICTION))
+    return np.concatenate(predictions).astype(np.int64)
+
+
+def accuracy(runtime: Runtime, images: np.ndarray, labels: np.ndarray) -> Proportion:
+    """Clean accuracy on uint8 images N×C×H×W with integer labels N."""
+    if len(labels) != len(images):
+        raise InputError(f"{len(images)} images came with {len(labels)} labels; give one label per image.")
+    return Proportion(int((predict(runtime, images) == labels).sum()), len(images))
+
+
+def accuracy_drop(base: Proportion, device: Proportion) -> float:
+    """Base minus device accuracy, as a share; both must come from the same images.
+
+    Raises ``ValueError`` if their n differ: they were then not measured on the same images.
+    """
+    if base.n != device.n:
+        raise ValueError(f"accuracies on {base.n} and {device.n} images cannot be compared")
+    return (base.successes - device.successes) / base.n

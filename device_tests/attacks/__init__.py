@@ -1,0 +1,1 @@
+"""Attacks, one file each; an attack proposes candidates and the harness alone judges them."""

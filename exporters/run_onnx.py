@@ -1,0 +1,72 @@
+"""ONNX models in onnxruntime on the CPU; imports NumPy and onnxruntime only, because devices load it.
+
+A model is taken as :mod:`exporters.to_onnx` writes it: one float32 input ``image`` N×C×H×W in [0, 1] with a
+free batch size, one output ``logits`` N×K.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from exporters.contract import checked_images
+from exporters.runtime import batches
+from keys.errors import InputError
+
+_LOAD_ERRORS = (
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.ModelLoadCanceled,
+    ort_errors.ModelRequiresCompilation,
+    ort_errors.NoModel,
+    ort_errors.NoSuchFile,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+    OSError,
+)
+
+
+class OnnxRuntime:
+    """An ONNX model ready to run.
+
+    ``source`` is a path or the model's bytes (verified bytes need not touch the disk again); ``threads``
+    is the number of compute threads, onnxruntime's own choice if ``None``.
+    Raises :class:`InputError` if the model cannot be loaded or has other inputs and outputs.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(self, source: str | Path | bytes, threads: int | None = None) -> None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.inter_op_num_threads = 1
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        where = "the ONNX model" if isinstance(source, bytes) else f"the ONNX model {source}"
+        model = source if isinstance(source, bytes) else str(source)
+        try:
+            self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except _LOAD_ERRORS as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"onnxruntime cannot load {where}: {reason}") from error
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        found = ([value.name for value in inputs], [value.name for value in outputs])
+        shape = inputs[0].shape if inputs else []
+        sides = tuple(side for side in shape[1:] if isinstance(side, int))
+        if found != (["image"], ["logits"]) or inputs[0].type != "tensor(float)" or len(sides) != 3:
+            raise InputError(
+                f"Expected {where} to map float32 'image' N×C×H×W to 'logits'; "
+                f"found inputs {found[0]} of shape {shape} and outputs {found[1]}."
+            )
+        self.input_shape: tuple[int, int, int] = (sides[0], sides[1], sides[2])
+
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        """Logits float32 N×K of ``images`` float32 N×C×H×W in [0, 1]. Raises :class:`InputError` for others."""
+        images = checked_images(images, self.input_shape)
+        parts = [self._session.run(["logits"], {"image": part})[0] for part in batches(images)]
+        return np.concatenate([np.asarray(part) for part in parts])

@@ -1,0 +1,145 @@
+"""A plain module as a Core ML package: an ML Program that Xcode and Vision use with no glue code.
+
+* Input ``image``: one 8-bit image, grey or RGB, of the contract's size; the program scales it by 1/255.
+* Outputs: ``classLabel`` (string) and ``probabilities`` (dictionary from class name to softmax), which make it
+  a classifier for Vision (``predictedFeatureName`` is set), and ``logits`` (float32 1×K), so that parity and
+  the golden values are checked on the same quantity as for ONNX, without the logarithm of an underflow.
+* Target iOS 16 / macOS 13: the oldest whose ML Programs take every operator of a ViT, so that the most devices
+  can run it; later targets would add nothing but newer versions of the same operators.
+* The same module gives the same bytes: conversion date, tool versions and random identifiers are taken out (the
+  package's manifest names the tools).
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from exporters.checks import check_float16_range, check_module
+from exporters.contract import InputContract
+from exporters.quiet import import_coremltools, quiet
+from keys.errors import InputError
+from keys.files import folder_being_written
+
+Precision = Literal["fp16", "fp32"]
+AUTHOR = "com.apple.CoreML"
+MODEL_PATH = f"Data/{AUTHOR}/model.mlmodel"
+WEIGHTS_PATH = f"Data/{AUTHOR}/weights/weight.bin"
+
+
+class _Classifier(nn.Module):
+    """Logits and their softmax, the two tensors that the Core ML outputs are made of."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self.module(image)
+        return logits, torch.softmax(logits, dim=-1)
+
+
+def export_coreml(
+    module: nn.Module,
+    path: Path,
+    contract: InputContract,
+    labels: Sequence[str],
+    *,
+    precision: Precision,
+) -> None:
+    """Write ``module`` (N×C×H×W in [0, 1] to logits N×K) as the folder ``path``, whole or not at all.
+
+    ``precision`` is that of weights and activations; the input image and ``logits`` are float32 in both.
+    Raises :class:`InputError` if the module cannot be exported (see :func:`exporters.checks.check_module`),
+    holds a value beyond float16 while ``precision`` is fp16, or uses an operator that coremltools lacks, and
+    ``StorageError`` if the disk is full.
+    """
+    check_module(module, contract, labels)
+    if precision == "fp16":
+        check_float16_range(module)
+    with folder_being_written(Path(path)) as folder:
+        # Converted inside the folder, so that a large model is written once, on the disk where it stays.
+        raw = folder / "converted.mlpackage"
+        spec = _convert(module, raw, contract, labels, precision)
+        _strip_source(spec)
+        weights = folder / WEIGHTS_PATH
+        weights.parent.mkdir(parents=True)
+        (raw / WEIGHTS_PATH).replace(weights)
+        weights.chmod(0o644)
+        _remove_package(raw)
+        (folder / MODEL_PATH).write_bytes(spec.SerializeToString(deterministic=True))
+        (folder / "Manifest.json").write_text(_package_manifest())
+
+
+def _convert(
+    module: nn.Module, raw: Path, contract: InputContract, labels: Sequence[str], precision: Precision
+) -> Any:
+    """The converted model's specification; its weights are left in the package ``raw``."""
+    ct = import_coremltools()
+    layout = ct.colorlayout.GRAYSCALE if contract.channels == 1 else ct.colorlayout.RGB
+    shape = (1, *contract.shape)
+    image = ct.ImageType(name="image", shape=shape, scale=1 / 255, color_layout=layout)
+    try:
+        with quiet(), torch.no_grad():
+            traced = torch.jit.trace(_Classifier(module).eval(), torch.zeros(shape), check_trace=False)
+            model = ct.convert(
+                traced,
+                convert_to="mlprogram",
+                inputs=[image],
+                outputs=[ct.TensorType(name="logits"), ct.TensorType(name="probabilities")],
+                classifier_config=ct.ClassifierConfig(
+                    list(labels),
+                    predicted_feature_name="classLabel",
+                    predicted_probabilities_output="probabilities",
+                ),
+                minimum_deployment_target=ct.target.iOS16,
+                compute_precision=ct.precision.FLOAT16 if precision == "fp16" else ct.precision.FLOAT32,
+                skip_model_load=True,
+                package_dir=str(raw),
+            )
+    except (NotImplementedError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"coremltools cannot convert this model to Core ML: {reason}") from error
+    return model.get_spec()
+
+
+def _strip_source(spec: Any) -> None:
+    """Take out what tells of the machine or the day of the conversion."""
+    spec.description.metadata.Clear()
+    spec.mlProgram.attributes.clear()
+
+
+def _package_manifest() -> str:
+    """The package's table of contents, with identifiers that depend on nothing but the format."""
+    weights, model = (str(uuid.uuid5(uuid.NAMESPACE_URL, name)) for name in (WEIGHTS_PATH, MODEL_PATH))
+    entries = {
+        weights: {
+            "author": AUTHOR,
+            "description": "CoreML Model Weights",
+            "name": "weights",
+            "path": f"{AUTHOR}/weights",
+        },
+        model: {
+            "author": AUTHOR,
+            "description": "CoreML Model Specification",
+            "name": "model.mlmodel",
+            "path": f"{AUTHOR}/model.mlmodel",
+        },
+    }
+    manifest = {"fileFormatVersion": "1.0.0", "itemInfoEntries": entries, "rootModelIdentifier": model}
+    return json.dumps(manifest, indent=4, sort_keys=True) + "\n"
+
+
+def _remove_package(folder: Path) -> None:
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir():
+            path.rmdir()
+        else:
+            path.unlink()
+    folder.rmdir()

@@ -1,0 +1,185 @@
+"""The shared base: a timm Vision Transformer with its normalisation and input contract.
+
+A checkpoint is one safetensors file whose metadata names the timm architecture and its arguments, so that a
+file alone is enough to rebuild the model; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import timm.layers
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from exporters.contract import InputContract
+from factory.seeds import derive_seed
+from factory.settings import BaseSettings
+from keys.errors import InputError
+from keys.files import write_atomic
+
+SHIPPED = Path(__file__).parent / "assets" / "base" / "vit-fashion-mnist.safetensors"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A timm model name with its arguments, and what its input looks like."""
+
+    name: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    contract: InputContract
+    labels: tuple[str, ...]
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Base:
+    """The shared ViT, in evaluation mode, and everything that a device model inherits from it."""
+
+    architecture: Architecture
+    vit: VisionTransformer
+
+    @property
+    def patch_size(self) -> int:
+        """Side of one patch in pixels."""
+        height, width = self.vit.patch_embed.patch_size
+        if height != width:
+            raise InputError(f"Base {self.architecture.name} has patches of {height}×{width}; they must be square.")
+        return height
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the architecture and all weights: the base's name in manifests."""
+        return weights_digest(self.vit, json.dumps(_to_json(self.architecture), sort_keys=True))
+
+
+def weights_digest(module: nn.Module, prefix: str = "") -> str:
+    """SHA-256 over names, shapes, types and bytes of a module's state."""
+    digest = hashlib.sha256(prefix.encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def build_vit(architecture: Architecture, *, pretrained: bool = False, seed: int = 0) -> VisionTransformer:
+    """Create the timm model of ``architecture``; random weights come from ``seed``.
+
+    Fused attention is off: its bf16 backward is slow on CPUs, and the exported graphs stay plain.
+    Raises InputError if timm does not know the name, or the model is not a ViT with qkv projections.
+    """
+    timm.layers.set_fused_attn(False)
+    if not timm.is_model(architecture.name):
+        close = ", ".join(timm.list_models(f"*{architecture.name}*")[:3])
+        raise InputError(
+            f"Base {architecture.name!r} is neither 'shipped', nor a checkpoint file, nor a model timm knows"
+            + (f" (close to it: {close})." if close else "; timm.list_models() lists the names.")
+        )
+    torch.manual_seed(derive_seed(seed, "initial weights"))
+    try:
+        model = timm.create_model(
+            architecture.name, pretrained=pretrained, num_classes=len(architecture.labels), **architecture.arguments
+        )
+    except Exception as error:  # noqa: BLE001 – timm and the hub raise anything when a download fails
+        raise InputError(
+            f"Base {architecture.name!r} could not be created: {error} Where there is no network, give a checkpoint "
+            "by path, or --random-weights for a dry run."
+        ) from error
+    check_supported(architecture.name, model)
+    return model.eval()
+
+
+def check_supported(name: str, model: nn.Module) -> None:
+    """Refuse a base that the keyed recipes do not support: they need a patch embedding and qkv projections."""
+    ok = isinstance(model, VisionTransformer) and isinstance(getattr(model.patch_embed, "proj", None), nn.Conv2d)
+    ok = ok and all(isinstance(getattr(getattr(block, "attn", None), "qkv", None), nn.Linear) for block in model.blocks)  # type: ignore[union-attr]
+    if not ok:
+        raise InputError(
+            f"Base {name!r} is not a plain Vision Transformer (patch embedding by one convolution, qkv in one linear "
+            "layer); the recipes here adapt exactly those layers."
+        )
+
+
+def contract_for(channels: int, size: int) -> InputContract:
+    """The input contract of a square model: bicubic resize of the shorter side, then a centre crop."""
+    return InputContract(
+        channels=channels, height=size, width=size,
+        resize=f"bicubic, antialiased, shorter side to {size}, centre crop {size}x{size}",
+    )  # fmt: skip
+
+
+def timm_architecture(name: str, labels: tuple[str, ...], image_size: int | None, arguments: dict[str, Any] | None = None) -> Architecture:  # fmt: skip
+    """The architecture of a timm name, with timm's own statistics for its pre-trained weights."""
+    arguments = dict(arguments or {})
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    input_size = config.input_size if config else (3, 224, 224)
+    if image_size is not None:
+        arguments["img_size"] = image_size
+    channels = int(arguments.get("in_chans", input_size[0]))
+    mean = tuple(float(v) for v in (config.mean if config else (0.5,) * 3))[:channels]
+    std = tuple(float(v) for v in (config.std if config else (0.5,) * 3))[:channels]
+    return Architecture(name, mean, std, contract_for(channels, image_size or input_size[1]), labels, arguments)
+
+
+def load_base(settings: BaseSettings, labels: tuple[str, ...] | None, seed: int) -> Base:
+    """Load the base that the settings name.
+
+    ``labels`` are the data set's classes: a timm name gets a head for them, a checkpoint must have as many.
+    Raises InputError for an unknown, unsupported or damaged base, and for a class count that does not match.
+    """
+    path = SHIPPED if settings.name == "shipped" else Path(settings.name)
+    if path.suffix == ".safetensors":
+        base = read_checkpoint(path)
+        known = base.architecture.labels
+        if labels is not None and len(labels) != len(known):
+            raise InputError(f"Base {settings.name} has {len(known)} classes, but the data set has {len(labels)}.")
+        return base
+    if path.suffix in {".pt", ".pth", ".bin", ".ckpt"}:
+        raise InputError(f"{path} is a pickled checkpoint; give a .safetensors file written by 'keyfoundry pretrain'.")
+    architecture = timm_architecture(settings.name, labels or tuple(str(i) for i in range(1000)), settings.image_size)
+    return Base(architecture, build_vit(architecture, pretrained=not settings.random_weights, seed=seed))
+
+
+def save_checkpoint(base: Base, path: Path, notes: dict[str, Any] | None = None) -> None:
+    """Write the base as one safetensors file; ``notes`` (seed, command, result) go into its metadata."""
+    metadata = {"keyfoundry": json.dumps({**_to_json(base.architecture), "notes": notes or {}}, sort_keys=True)}
+    tensors = {name: tensor.detach().contiguous() for name, tensor in base.vit.state_dict().items()}
+    write_atomic(path, save(tensors, metadata))
+
+
+def read_checkpoint(path: Path) -> Base:
+    """Read a file that :func:`save_checkpoint` wrote; raises InputError if it is missing or damaged."""
+    if not path.is_file():
+        raise InputError(f"The base {path} does not exist.")
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata = json.loads((file.metadata() or {})["keyfoundry"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 – not a dict
+        architecture = Architecture(
+            name=metadata["name"], mean=tuple(metadata["mean"]), std=tuple(metadata["std"]),
+            contract=InputContract.from_json(metadata["contract"]), labels=tuple(metadata["labels"]),
+            arguments=metadata["arguments"],
+        )  # fmt: skip
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is not a base written by 'keyfoundry pretrain', or it is damaged: {error}") from error
+    vit = build_vit(architecture)
+    try:
+        vit.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise InputError(f"The weights in {path} do not fit its architecture {architecture.name}.") from error
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+        raise InputError(f"The base {path} holds weights that are not finite.")
+    return Base(architecture, vit)
+
+
+def _to_json(architecture: Architecture) -> dict[str, Any]:
+    return {**asdict(architecture), "contract": architecture.contract.to_json()}

@@ -1,0 +1,58 @@
+"""The ``keyfoundry`` command: collects the commands, and turns errors into one sentence and an exit code."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from typing import Annotated
+
+import typer
+
+from factory.cli.pretrain import pretrain_command
+from keys.errors import KeyfoundryError
+
+app = typer.Typer(
+    name="keyfoundry",
+    help="One secret key, one Vision Transformer, one device: provision, export and verify per-device models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("pretrain")(pretrain_command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"keyfoundry {importlib.metadata.version('keyfoundry')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """One secret key, one Vision Transformer, one device."""
+
+
+def run() -> None:
+    """Entry point: run a command; a known error is one sentence on standard error and its exit code."""
+    try:
+        app(prog_name="keyfoundry")
+    except KeyfoundryError as error:
+        sys.stderr.write(f"Error: {error}\n")
+        sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        sys.stderr.write(
+            f"Error: this command needs the factory's libraries ({error.name} is missing); "
+            "install them with: pip install 'keyfoundry[factory]'\n"
+        )
+        sys.exit(KeyfoundryError.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted. What was finished is kept; run the same command again to go on.\n")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run()

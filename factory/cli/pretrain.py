@@ -1,0 +1,81 @@
+"""``keyfoundry pretrain``: train a base from scratch."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from keys.errors import InputError
+
+
+def pretrain_command(
+    out: Annotated[Path, typer.Option(help="Checkpoint to write (.safetensors); its model card lies beside it.")],
+    data: Annotated[str, typer.Option(help="sample, idx, or any timm.data.create_dataset name ('' for a folder).")] = "sample",
+    data_root: Annotated[Path | None, typer.Option(help="Folder of the data set.")] = None,
+    architecture: Annotated[str, typer.Option(help="A timm ViT name.")] = "vit_tiny_patch16_224",
+    model_arg: Annotated[list[str] | None, typer.Option(help="Argument of the timm model, as name=value; repeatable.")] = None,
+    image_size: Annotated[int, typer.Option(help="Input size in pixels.")] = 28,
+    channels: Annotated[int, typer.Option(help="1 for grey, 3 for RGB.")] = 1,
+    epochs: Annotated[int, typer.Option()] = 30,
+    batch_size: Annotated[int, typer.Option()] = 256,
+    learning_rate: Annotated[float, typer.Option()] = 1e-3,
+    weight_decay: Annotated[float, typer.Option()] = 0.05,
+    label_smoothing: Annotated[float, typer.Option()] = 0.1,
+    shift: Annotated[int, typer.Option(help="Largest random shift in pixels.")] = 2,
+    erase: Annotated[float, typer.Option(help="Probability of erasing a random rectangle.")] = 0.25,
+    validation: Annotated[int, typer.Option(help="Training images held out.")] = 5000,
+    seed: Annotated[int, typer.Option()] = 0,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Train a base from scratch; a killed run goes on from its last whole epoch.
+
+    Example: keyfoundry pretrain --data idx --data-root ../shared/data/fashion-mnist --model-arg depth=6
+    --model-arg patch_size=7 --out base.safetensors
+    """
+    from factory.base import contract_for, timm_architecture
+    from factory.data import load_splits
+    from factory.pretrain import pretrain, write_model_card
+    from factory.progress import Progress, log_to
+    from factory.settings import DataSettings, TrainingSettings, parse
+
+    if out.suffix != ".safetensors":
+        raise InputError(f"--out {out} must end in .safetensors.")
+    arguments: dict[str, object] = {"in_chans": channels}
+    for pair in model_arg or []:
+        key, separator, value = pair.partition("=")
+        if not separator:
+            raise InputError(f"--model-arg {pair!r} is not name=value.")
+        try:
+            arguments[key] = json.loads(value)
+        except ValueError:
+            arguments[key] = value
+    progress = Progress()
+    log_to(out.with_suffix(".log"))
+    training = parse(
+        TrainingSettings,
+        {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "weight_decay": weight_decay,
+         "label_smoothing": label_smoothing, "shift": shift, "erase": erase},
+        "the options",
+    )  # fmt: skip
+    settings = parse(
+        DataSettings, {"name": data, "root": data_root, "validation": validation}, "the options"
+    )
+    splits = load_splits(settings, contract_for(channels, image_size), out.parent / "cache", progress)
+    blueprint = timm_architecture(architecture, splits.labels, image_size, arguments)
+    result = pretrain(blueprint, splits, training, seed=seed, out=out, progress=progress)
+    command = shlex.join(["keyfoundry", *sys.argv[1:]])
+    write_model_card(result, splits, training, seed=seed, out=out, command=command)
+    low, high = result.test_accuracy.interval
+    if json_output:
+        typer.echo(json.dumps({"checkpoint": str(out), "validation_accuracy": result.validation_accuracy,
+                               "test_accuracy": result.test_accuracy.to_json()}))  # fmt: skip
+    else:
+        typer.echo(
+            f"{out}: test accuracy {result.test_accuracy.value:.4f} [{low:.4f}, {high:.4f}] on "
+            f"{result.test_accuracy.n} images, validation {result.validation_accuracy:.4f}"
+        )

@@ -1,0 +1,94 @@
+"""Train a base from scratch on a plain data set, and write its checkpoint and model card."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from device_tests.evidence import Proportion
+from factory.base import Architecture, Base, build_vit, save_checkpoint
+from factory.classifier import ImageClassifier
+from factory.data import Splits
+from factory.progress import Progress
+from factory.settings import TrainingSettings
+from factory.train import Epoch, accuracy, train
+from keys.files import write_atomic
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A new base with its history and its accuracy on validation and test images."""
+
+    base: Base
+    history: list[Epoch]
+    validation_accuracy: float
+    test_accuracy: Proportion
+
+
+def pretrain(
+    architecture: Architecture, splits: Splits, settings: TrainingSettings, *, seed: int, out: Path, progress: Progress
+) -> Pretrained:
+    """Train ``architecture`` from random weights and write it to ``out`` (resumable beside it until then).
+
+    The normalisation statistics are those of the training images.
+    """
+    pixels = splits.train.images[:10_000].float() / 255
+    architecture = replace(
+        architecture,
+        mean=tuple(round(float(v), 4) for v in pixels.mean((0, 2, 3))),
+        std=tuple(round(float(v), 4) for v in pixels.std((0, 2, 3))),
+        labels=splits.labels,
+    )
+    vit = build_vit(architecture, seed=seed)
+    model = ImageClassifier(vit, architecture.mean, architecture.std)
+    checkpoint = out.with_suffix(".training.safetensors")
+    history = train(
+        model, splits.train, splits.validation, settings, seed=seed, name="pre-train", checkpoint=checkpoint,
+        progress=progress,
+    )  # fmt: skip
+    base = Base(architecture, vit.eval())
+    test = accuracy(model, splits.test)
+    result = Pretrained(
+        base, history, history[-1].validation_accuracy, Proportion(round(test * len(splits.test)), len(splits.test))
+    )
+    notes = {
+        "data": splits.name, "data_digest": splits.digest, "seed": seed, "training": settings.model_dump(),
+        "validation_accuracy": result.validation_accuracy, "test_accuracy": test,
+    }  # fmt: skip
+    save_checkpoint(base, out, notes)
+    checkpoint.unlink()
+    return result
+
+
+def write_model_card(
+    result: Pretrained, splits: Splits, settings: TrainingSettings, *, seed: int, out: Path, command: str
+) -> Path:
+    """Write ``<out>.md``: what the base is, how it was made, and its measured accuracy."""
+    architecture, proportion = result.base.architecture, result.test_accuracy
+    low, high = proportion.interval
+    parameters = sum(p.numel() for p in result.base.vit.parameters())
+    seconds = sum(len(splits.train) / epoch.images_per_second for epoch in result.history)
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "timm", "keyfoundry"))
+    text = f"""# Model card: {out.stem}
+
+- **Model**: timm `{architecture.name}` with `{architecture.arguments}`, {parameters:,} parameters,
+  input {architecture.contract.channels}×{architecture.contract.height}×{architecture.contract.width} in [0, 1],
+  mean {architecture.mean}, standard deviation {architecture.std} (inside the model).
+- **Classes**: {", ".join(architecture.labels)}.
+- **Data**: `{splits.name}`, {len(splits.train):,} training, {len(splits.validation):,} validation and
+  {len(splits.test):,} test images; SHA-256 of all images and labels `{splits.digest}`.
+- **Test accuracy**: {proportion.value:.4f} (95 % interval {low:.4f} to {high:.4f}, n = {proportion.n:,});
+  validation accuracy {result.validation_accuracy:.4f}. The last epoch is taken; nothing was chosen on test images.
+- **Command**: `{command}`
+- **Seed** {seed}, **settings** `{settings.model_dump_json()}`.
+- **Versions**: {versions}; Python {platform.python_version()}, {platform.machine()}.
+- **Time**: {seconds / 60:.1f} minutes of training, {len(result.history)} epochs.
+- **Digest** of the base: `{result.base.digest}`.
+
+It is a starting point for keyed fine-tuning. On its own it has no protection: attacks on it succeed.
+"""
+    card = out.with_suffix(".md")
+    write_atomic(card, text.encode())
+    return card

@@ -1,0 +1,141 @@
+"""Every setting of the factory, with its default and the reason for it where the number is a choice.
+
+A fleet file (TOML or YAML) holds the same names; the command line overrides it; the resolved settings are
+written to ``fleet.toml`` and into the report.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from keys.errors import InputError
+
+
+SectionT = TypeVar("SectionT", bound=BaseModel)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DataSettings(_Section):
+    """Which images, and how many of the training images are held out for validation."""
+
+    name: str = Field("sample", description="sample, idx, or any name that timm.data.create_dataset takes")
+    root: Path | None = Field(None, description="folder of the data set")
+    train_split: str = "train"
+    test_split: str = "test"
+    validation: int = Field(5000, ge=1, description="training images held out for validation")
+    download: bool = Field(False, description="let torchvision or Hugging Face download the data set")
+
+
+class BaseSettings(_Section):
+    """The shared pre-trained ViT."""
+
+    name: str = Field("shipped", description="shipped, a timm model name, or the path of a checkpoint")
+    image_size: int | None = Field(None, ge=4, description="input size, for timm names")
+    random_weights: bool = Field(False, description="do not load pre-trained weights (for dry runs)")
+
+
+class TrainingSettings(_Section):
+    """One training run: AdamW with linear warm-up and cosine decay."""
+
+    epochs: int = Field(5, ge=1)
+    batch_size: int = Field(64, ge=1)
+    learning_rate: float = Field(2e-3, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps with a rising learning rate")
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    flip: bool = Field(True, description="random horizontal flips")
+    shift: int = Field(2, ge=0, description="random shifts, in pixels")
+    erase: float = Field(0.0, ge=0, lt=1, description="probability of erasing a random rectangle")
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto is bf16 where the hardware has it")
+
+
+class RecipeSettings(_Section):
+    """How a device model is made from the base and a key."""
+
+    block_size: int | None = Field(None, ge=1, description="M of the block shuffle; default: the base's patch size")
+    adaptation: Literal["lora", "full", "patch-embedding-head"] = "lora"
+    rank: int = Field(16, ge=1, description="LoRA rank r; the paper's value")
+    alpha: float = Field(16.0, gt=0, description="LoRA scaling numerator: updates are scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    training: TrainingSettings = TrainingSettings()
+
+
+class VerificationSettings(_Section):
+    """What is attacked, how hard, and on how many images."""
+
+    epsilon: float = Field(8 / 255, gt=0, le=1, description="L-infinity budget on inputs in [0, 1]")
+    images: int = Field(400, ge=1, description="test images that are attacked")
+    parity_images: int = Field(256, ge=1)
+    pgd_steps: int = Field(20, ge=1)
+    momentum_steps: int = Field(15, ge=1)
+    self_check_images: int = Field(100, ge=1)
+    self_check_steps: int = Field(50, ge=1)
+    self_check_margin: float = Field(0.05, ge=0, description="how far below the strong attack an attack may stay")
+
+
+class ReleaseSettings(_Section):
+    """Limits of the release rule; their reasons are printed in the report."""
+
+    allowed_accuracy_drop: float = Field(0.03, ge=0, le=1)
+    acceptable_fooling: float = Field(0.25, gt=0, lt=1, description="p0: released with probability 1 - alpha or more")
+    unacceptable_fooling: float = Field(0.35, gt=0, lt=1, description="p1: released with probability beta at most")
+    alpha: float = Field(0.05, gt=0, lt=0.5)
+    beta: float = Field(0.05, gt=0, lt=0.5)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ReleaseSettings:
+        if self.acceptable_fooling >= self.unacceptable_fooling:
+            raise ValueError("acceptable_fooling must be below unacceptable_fooling")
+        return self
+
+
+class FleetSettings(_Section):
+    """All settings of one fleet."""
+
+    devices: int | list[str] = Field(3, description="a number, or the device ids")
+    seed: int = Field(0, ge=0, description="seed of all public randomness; keys never depend on it")
+    data: DataSettings = DataSettings()
+    base: BaseSettings = BaseSettings()
+    recipe: RecipeSettings = RecipeSettings()
+    verification: VerificationSettings = VerificationSettings()
+    release: ReleaseSettings = ReleaseSettings()
+
+    @property
+    def device_ids(self) -> tuple[str, ...]:
+        """The devices' ids; a number n stands for device-1 … device-n."""
+        if isinstance(self.devices, int):
+            return tuple(f"device-{index}" for index in range(1, self.devices + 1))
+        return tuple(self.devices)
+
+
+def parse(section: type[SectionT], values: Mapping[str, Any], where: str) -> SectionT:
+    """Check ``values`` against a section; the first fault becomes one InputError that names the setting."""
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        name = ".".join(str(part) for part in fault["loc"]) or "the settings"
+        raise InputError(f"In {where}, {name}: {fault['msg']} (got {fault.get('input')!r}).") from error
+
+
+def read_fleet_file(path: Path) -> dict[str, Any]:
+    """The settings in a TOML or YAML fleet file, not yet checked."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = yaml.safe_load(text) if path.suffix in {".yaml", ".yml"} else tomllib.loads(text)
+    except FileNotFoundError as error:
+        raise InputError(f"The fleet file {path} does not exist.") from error
+    except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"The fleet file {path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"The fleet file {path} holds no table of settings.")
+    return values

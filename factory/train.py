@@ -1,0 +1,174 @@
+"""The training loop, shared by pre-training and every adaptation.
+
+Each epoch draws its order, augmentation and dropout from its own seed and ends with a checkpoint, so a run that
+was killed goes on from its last whole epoch and ends with the same weights as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn import functional
+
+from factory.augment import augment
+from factory.data import Split
+from factory.progress import Progress
+from factory.seeds import derive_seed
+from factory.settings import TrainingSettings
+from keys.errors import InputError
+from keys.files import write_atomic
+
+logger = logging.getLogger("keyfoundry")
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch did: mean training loss, validation accuracy, rate in images per second."""
+
+    loss: float
+    validation_accuracy: float
+    images_per_second: float
+
+
+def train(
+    model: nn.Module,
+    train_split: Split,
+    validation: Split,
+    settings: TrainingSettings,
+    *,
+    seed: int,
+    name: str,
+    checkpoint: Path,
+    progress: Progress,
+) -> list[Epoch]:
+    """Train the parameters of ``model`` that require gradients, in place; returns one entry per epoch.
+
+    ``checkpoint`` holds trainable weights, optimiser state and history after each epoch and is resumed from.
+    Raises InputError if the loss becomes NaN or infinite; the checkpoint of the last good epoch stays.
+    """
+    parameters = {key: value for key, value in model.named_parameters() if value.requires_grad}
+    # Biases and norms are not decayed, as usual for transformers.
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters.values() if p.ndim > 1], "weight_decay": settings.weight_decay},
+            {"params": [p for p in parameters.values() if p.ndim <= 1], "weight_decay": 0.0},
+        ],
+        lr=settings.learning_rate,
+    )
+    device = next(iter(parameters.values())).device
+    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and bf16_pays(device))
+    history = _resume(checkpoint, parameters, optimizer)
+    steps_per_epoch = math.ceil(len(train_split) / settings.batch_size)
+    total = settings.epochs * len(train_split)
+    with progress.stage(name, total=total, unit="images") as stage:
+        stage.advance(len(history) * len(train_split))
+        for epoch in range(len(history), settings.epochs):
+            started = time.monotonic()
+            generator = torch.Generator().manual_seed(derive_seed(seed, name, "epoch", epoch))
+            torch.manual_seed(derive_seed(seed, name, "dropout", epoch))
+            order = torch.randperm(len(train_split), generator=generator)
+            model.train()
+            loss_sum = 0.0
+            for step, indices in enumerate(order.split(settings.batch_size)):
+                rate = learning_rate(settings, epoch * steps_per_epoch + step, settings.epochs * steps_per_epoch)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                batch = augment(train_split.images[indices], settings, generator).to(device)
+                labels = train_split.labels[indices].to(device)
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    logits = model(batch.float() / 255)
+                loss = functional.cross_entropy(logits.float(), labels, label_smoothing=settings.label_smoothing)
+                if not torch.isfinite(loss):
+                    raise InputError(
+                        f"The loss of {name} became {loss.item()} in epoch {epoch + 1}; lower the learning rate "
+                        f"(now {settings.learning_rate}). The last whole epoch is kept."
+                    )
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+                optimizer.step()
+                loss_sum += loss.item() * len(indices)
+                stage.advance(len(indices), f"epoch {epoch + 1}/{settings.epochs} loss {loss.item():.3f}")
+            done = Epoch(
+                loss=loss_sum / len(train_split),
+                images_per_second=len(train_split) / (time.monotonic() - started),
+                validation_accuracy=accuracy(model, validation),
+            )
+            history.append(done)
+            logger.info("%s epoch %d: %s", name, epoch + 1, done)
+            _save(checkpoint, parameters, optimizer, history)
+    model.eval()
+    return history
+
+
+def learning_rate(settings: TrainingSettings, step: int, steps: int) -> float:
+    """Linear warm-up over the first ``warmup`` share of the steps, then cosine decay to zero."""
+    warm = max(1, round(settings.warmup * steps))
+    if step < warm:
+        return settings.learning_rate * (step + 1) / warm
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def bf16_pays(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 matrices faster than float32 ones."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    capabilities = torch.backends.cpu.get_cpu_capability()
+    return "AVX512" in capabilities and _cpu_has("avx512_bf16", "amx_bf16")
+
+
+def _cpu_has(*flags: str) -> bool:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return any(flag in text for flag in flags)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, split: Split, batch_size: int = 512) -> float:
+    """Share of the split's images that the model classifies correctly, in evaluation mode."""
+    model.eval()
+    device = next(model.parameters()).device
+    correct = 0
+    for images, labels in zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True):
+        correct += int((model(images.to(device).float() / 255).argmax(1).cpu() == labels).sum())
+    return correct / len(split)
+
+
+def _save(
+    path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, history: list[Epoch]
+) -> None:
+    tensors: dict[str, Tensor] = {f"weight.{key}": value.detach().contiguous() for key, value in parameters.items()}
+    for key, value in parameters.items():
+        for part, tensor in optimizer.state[value].items():
+            tensors[f"state.{part}.{key}"] = tensor.contiguous()
+    write_atomic(path, save(tensors, {"history": json.dumps([asdict(epoch) for epoch in history])}))
+
+
+def _resume(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> list[Epoch]:
+    if not path.is_file():
+        return []
+    try:
+        with safe_open(str(path), "pt") as file:
+            history = [Epoch(**entry) for entry in json.loads((file.metadata() or {})["history"])]
+            with torch.no_grad():
+                for key, value in parameters.items():
+                    value.copy_(file.get_tensor(f"weight.{key}"))
+                    optimizer.state[value] = {
+                        name.split(".")[1]: file.get_tensor(name).clone()
+                        for name in file.keys()  # noqa: SIM118 – not a dict
+                        if name.startswith("state.") and name.split(".", 2)[2] == key
+                    }
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"The checkpoint {path} is damaged or of another run ({error}); delete it.") from error
+    return history
