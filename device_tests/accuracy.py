@@ -15,21 +15,21 @@ from keys.errors import InputError
 NO_PREDICTION = -1
 """Stands for a prediction where a logit is not finite; equal to no label."""
 
-CHUNK_VALUES = 32_000_000
-"""Float values handed to a runtime at once, so that a large test set is never in memory as floats."""
+CHUNK = 256
+"""Images handed to a runtime at once, so that a large test set is never in memory as floats."""
 
 
 def predict(runtime: Runtime, images: np.ndarray) -> np.ndarray:
-    """Return the class of the largest logit for each uint8 image N×C×H×W: int64 N, ``NO_PREDICTION`` where a logit is NaN or ∞.
+    """Return the class of the largest logit for each uint8 image N×C×H×W, int64 N.
 
+    It is ``NO_PREDICTION`` where a logit is NaN or infinite.
     Raises :class:`InputError` if there are no images.
     """
     if len(images) == 0:
         raise InputError("There are no images to judge; give a test set with at least one image.")
-    chunk = max(1, CHUNK_VALUES // images[0].size)
     predictions = []
-    for start in range(0, len(images), chunk):
-        logits = runtime.logits(from_8bit(images[start : start + chunk]))
+    for start in range(0, len(images), CHUNK):
+        logits = runtime.logits(from_8bit(images[start : start + CHUNK]))
         finite = np.isfinite(logits).all(axis=1)
         predictions.append(np.where(finite, logits.argmax(axis=1), NO_PREDICTION))
     return np.concatenate(predictions).astype(np.int64)

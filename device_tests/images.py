@@ -51,8 +51,7 @@ def to_8bit(images: np.ndarray, clean: np.ndarray, epsilon: float) -> np.ndarray
         raise ValueError(f"expected uint8 clean images of shape {images.shape}, got {clean.dtype} {clean.shape}")
     if not np.isfinite(images).all():
         raise InputError(
-            "An attack returned values that are not finite, so its source model has no usable gradient; "
-            "train that model again."
+            "An attack returned values that are not finite; train its source model again or use another attack."
         )
     levels = reachable_levels(epsilon)
     nearest = np.rint(images.astype(np.float64) * LEVELS)

@@ -20,7 +20,7 @@ RUNS = 50
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds for one image; ``p95_ms`` is the smallest measured time that 95 % of the runs stay within."""
+    """Milliseconds for one image; ``p95_ms`` is the smallest time that 95 % of the runs stay within."""
 
     median_ms: float
     p95_ms: float

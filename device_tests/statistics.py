@@ -65,9 +65,7 @@ class Risks:
             )
         for name, risk in (("alpha", self.alpha), ("beta", self.beta)):
             if not 0 < risk < 0.5:
-                raise InputError(
-                    f"The acceptance test needs 0 < {name} < 0.5, not {risk}; 0.05 is the usual choice."
-                )
+                raise InputError(f"The acceptance test needs 0 < {name} < 0.5, not {risk}; 0.05 is the usual choice.")
 
 
 @dataclass(frozen=True)

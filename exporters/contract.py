@@ -83,7 +83,5 @@ def checked_images(images: np.ndarray, shape: tuple[int, int, int]) -> np.ndarra
     images = np.ascontiguousarray(images, dtype=np.float32)
     # Written so that a NaN fails it as well.
     if not (images.min() >= 0.0 and images.max() <= 1.0):
-        raise InputError(
-            f"Image values must lie in [0, 1]; got values from {images.min():g} to {images.max():g}."
-        )
+        raise InputError(f"Image values must lie in [0, 1]; got values from {images.min():g} to {images.max():g}.")
     return images

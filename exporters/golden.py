@@ -81,7 +81,7 @@ def read_arrays(data: bytes, names: Sequence[str], where: str) -> dict[str, np.n
             return {name: _read_array(archive, name, where) for name in names}
     # What zipfile and numpy raise for damaged, truncated or encrypted files.
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, RuntimeError) as error:
-        raise InputError(f"{where} is not a readable .npz file ({error}); write it with numpy.savez.") from error
+        raise InputError(f"{where} is no readable .npz file ({error}); write it with numpy.savez.") from error
 
 
 def _read_array(archive: zipfile.ZipFile, name: str, where: str) -> np.ndarray:
@@ -89,14 +89,15 @@ def _read_array(archive: zipfile.ZipFile, name: str, where: str) -> np.ndarray:
         version = np.lib.format.read_magic(member)
         if version not in ((1, 0), (2, 0)):
             raise InputError(f"{where} holds {name!r} in an unknown format; write it with numpy.savez.")
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        form = np.lib.format
+        read_header = form.read_array_header_1_0 if version == (1, 0) else form.read_array_header_2_0
         shape, fortran_order, dtype = read_header(member)
         claimed = math.prod(shape) * dtype.itemsize
         left = archive.getinfo(f"{name}.npy").file_size - member.tell()
         if dtype.hasobject or claimed != left:
             raise InputError(
-                f"{where} holds {name!r} as {dtype} of shape {shape} in {left} bytes, which is no plain array; "
-                "write it with numpy.savez."
+                f"{where} holds {name!r} as {dtype} of shape {shape} in {left} bytes, which is no plain "
+                "array; write it with numpy.savez."
             )
         flat = np.frombuffer(member.read(), dtype)
     return flat.reshape(shape, order="F" if fortran_order else "C")

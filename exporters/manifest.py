@@ -111,7 +111,7 @@ class Manifest:
         try:
             text = json.dumps(self.to_json(), sort_keys=True, indent=2, ensure_ascii=True, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise InputError(f"The manifest cannot be written as JSON ({error}); give plain values.") from error
+            raise InputError(f"The manifest is not JSON ({error}); give plain values only.") from error
         return text.encode("ascii") + b"\n"
 
 
@@ -176,7 +176,7 @@ def file_name_fault(name: str) -> str | None:
 
 
 def name_clash(names: Iterable[str]) -> tuple[str, str] | None:
-    """Two names that are one on a file system that ignores case, or a file that is also a folder; else None."""
+    """Two names that are one where case is ignored, or of which one is also the other's folder; else None."""
     seen: dict[str, str] = {}
     ordered = sorted(names)
     for name in ordered:

@@ -71,7 +71,7 @@ class OpenPackage:
     def copy_folder(self, name: str, destination: Path) -> Path:
         """Copy the folder ``name`` of the package below ``destination``, checking each file; return the copy.
 
-        For libraries that load from a path: give a private folder, so that what is loaded is what was checked.
+        For libraries that load from a path: give a private folder, so that they load what was checked.
         Raises :class:`PackageError` if the package has no such folder.
         """
         files = [file for file in self.manifest.files if file.startswith(f"{name}/")]
@@ -128,7 +128,7 @@ def add_evidence(folder: Path, evidence: Mapping[str, object]) -> Manifest:
 
 
 def sign_package(folder: Path, key: SigningKey) -> None:
-    """Sign the manifest, after checking that the files are still those it lists; raises :class:`PackageError`."""
+    """Sign the manifest; raises :class:`PackageError` if the files are no longer those that it lists."""
     manifest = _read_manifest(folder)
     _check_content(folder, parse_manifest(manifest))
     write_atomic(folder / SIGNATURE_NAME, key.sign(signed_message(manifest)))
@@ -163,7 +163,7 @@ def _read_manifest(folder: Path) -> bytes:
     if not folder.is_dir():
         raise PackageError(f"There is no package folder at {folder}; give the path of a package.")
     if MANIFEST_NAME not in _entries(folder, ""):
-        raise PackageError(f"{folder} is not a package: it has no {MANIFEST_NAME}; give the path of a package.")
+        raise PackageError(f"{folder} is not a package, without {MANIFEST_NAME}; give the path of a package.")
     with _opened(folder, MANIFEST_NAME) as stream:
         return stream.read(MAX_MANIFEST_BYTES + 1)
 
@@ -178,7 +178,7 @@ def _list_folder(folder: Path) -> dict[str, int]:
         entries = _entries(folder, prefix)
         seen += len(entries)
         if seen > _MAX_ENTRIES:
-            raise PackageError(f"{folder} holds more than {_MAX_ENTRIES} entries; give the path of a package.")
+            raise PackageError(f"{folder} holds over {_MAX_ENTRIES} entries; give the path of a package.")
         if not entries:
             raise PackageError(f"The package holds the empty folder {shown(prefix)}; get the package again.")
         for name in sorted(f"{prefix}{entry}" for entry in entries):
@@ -224,32 +224,31 @@ def _is_utf8(name: str) -> bool:
 def _check_kind(name: str, status: os.stat_result) -> None:
     if stat.S_ISLNK(status.st_mode):
         raise PackageError(
-            f"{shown(name)} is a symbolic link; a package holds plain files only: copy it with its links followed."
+            f"{shown(name)} is a symbolic link; a package holds plain files only: copy it without links."
         )
     if not stat.S_ISREG(status.st_mode):
         raise PackageError(f"{shown(name)} is not a plain file; get the package again from the factory.")
     if status.st_nlink > 1:
         raise PackageError(
-            f"{shown(name)} is a hard link: the same file lies in another place, from where it could be changed; "
-            "copy the package without links."
+            f"{shown(name)} is a hard link: the same file lies in another place, from where it could be "
+            "changed; copy the package without links."
         )
 
 
 def _opened(folder: Path, name: str) -> BinaryIO:
-    """Open one plain file; a link or a pipe put in its place meanwhile is refused, not followed or waited for."""
+    """Open one plain file; a link or a pipe in its place is refused, neither followed nor waited for."""
     try:
         handle = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         if (folder / name).is_symlink():
             _check_kind(name, (folder / name).lstat())
         raise _unreadable(name, error) from error
-    stream = os.fdopen(handle, "rb")
     try:
         _check_kind(name, os.fstat(handle))
     except PackageError:
-        stream.close()
+        os.close(handle)
         raise
-    return stream
+    return os.fdopen(handle, "rb")
 
 
 def _digest(folder: Path, name: str) -> FileDigest:
@@ -266,4 +265,4 @@ def _digest(folder: Path, name: str) -> FileDigest:
 
 
 def _unreadable(name: str, error: OSError) -> PackageError:
-    return PackageError(f"{shown(name)} cannot be read ({error.strerror}); check the package's disk and rights.")
+    return PackageError(f"{shown(name)} cannot be read ({error.strerror}); check the disk and the rights.")

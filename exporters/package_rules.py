@@ -23,7 +23,7 @@ from exporters.manifest import (
 from keys.errors import PackageError
 from keys.signing import SIGNATURE_BYTES, verify
 
-# What is signed begins with this, so that no other signature of the same key can be passed off as a manifest's.
+# What is signed begins with this, so that no other signature of the key passes for a manifest's.
 SIGNATURE_CONTEXT = b"keyfoundry manifest v1\0"
 
 
@@ -81,21 +81,19 @@ def verify_manifest(
             "get the package again from the factory."
         )
     if len(manifest) > MAX_MANIFEST_BYTES:
-        raise PackageError(
-            f"{MANIFEST_NAME} is larger than {MAX_MANIFEST_BYTES} bytes; get the package again from the factory."
-        )
+        raise PackageError(f"{MANIFEST_NAME} has over {MAX_MANIFEST_BYTES} bytes; get the package again.")
     try:
         verify(public_key, signed_message(manifest), signature)
     except PackageError as error:
         # Nothing inside an unproven manifest may be quoted here, not even to tell these causes apart.
         raise PackageError(
-            f"{SIGNATURE_NAME} does not fit {MANIFEST_NAME} under this public key: one of the two was changed, "
-            "or another factory's key signed it; check the public key, then get the package again."
+            f"{SIGNATURE_NAME} does not fit {MANIFEST_NAME} under this public key: one of the two was "
+            "changed, or another factory's key signed it; check the public key, then get the package again."
         ) from error
     trusted = parse_manifest(manifest)
     if fleet_id is not None and trusted.fleet_id != fleet_id:
         raise PackageError(
-            f"The package belongs to fleet {trusted.fleet_id}, not to {shown(fleet_id)}; get this fleet's package."
+            f"The package belongs to fleet {trusted.fleet_id}, not to {shown(fleet_id)}; get this fleet's."
         )
     if device_id is not None and trusted.device_id != device_id:
         raise PackageError(
@@ -106,18 +104,18 @@ def verify_manifest(
 
 
 def check_listing(manifest: Manifest, sizes: Mapping[str, int]) -> None:
-    """Refuse missing, added, renamed and resized files; ``sizes`` maps each file that is there to its bytes."""
+    """Refuse missing, added, renamed and resized files; ``sizes`` maps each file there is to its size."""
     missing = sorted(manifest.files.keys() - sizes.keys())
     added = sorted(sizes.keys() - manifest.files.keys())
+    added_by_size = {sizes[name]: name for name in reversed(added)}
     for lost in missing:
-        for found in added:
-            if sizes[found] == manifest.files[lost].size:
-                raise PackageError(
-                    f"{shown(lost)} is missing and {shown(found)} of the same size is there in its place: a file "
-                    "was renamed; get the package again from the factory."
-                )
+        if (found := added_by_size.get(manifest.files[lost].size)) is not None:
+            raise PackageError(
+                f"{shown(lost)} is missing and {shown(found)} of the same size is there in its place: "
+                "a file was renamed; get the package again from the factory."
+            )
     if missing:
-        raise PackageError(f"The file {shown(missing[0])} is missing from the package; get it again from the factory.")
+        raise PackageError(f"The file {shown(missing[0])} is missing; get the package again.")
     if added:
         raise PackageError(
             f"The file {shown(added[0])} is in the package but not in its manifest: it was added later; "
@@ -126,8 +124,8 @@ def check_listing(manifest: Manifest, sizes: Mapping[str, int]) -> None:
     for name, size in sizes.items():
         if size != manifest.files[name].size:
             raise PackageError(
-                f"The file {shown(name)} has {size} bytes, not the {manifest.files[name].size} that were signed; "
-                "get the package again from the factory."
+                f"The file {shown(name)} has {size} bytes, not the {manifest.files[name].size} that were "
+                "signed; get the package again from the factory."
             )
 
 

@@ -45,6 +45,4 @@ def import_coremltools(module: str = "coremltools") -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != "coremltools":
             raise
-        raise InputError(
-            "Core ML needs coremltools, which is not installed; install keyfoundry[coreml]."
-        ) from error
+        raise InputError("Core ML needs coremltools, which is not installed; install keyfoundry[coreml].") from error

@@ -1,9 +1,10 @@
 """A plain module as a Core ML package: an ML Program that Xcode and Vision use with no glue code.
 
 * Input ``image``: one 8-bit image, grey or RGB, of the contract's size; the program scales it by 1/255.
-* Outputs: ``classLabel`` (string) and ``probabilities`` (dictionary from class name to softmax), which make it
-  a classifier for Vision (``predictedFeatureName`` is set), and ``logits`` (float32 1×K), so that parity and
-  the golden values are checked on the same quantity as for ONNX, without the logarithm of an underflow.
+* Outputs: ``classLabel`` (string) and ``classLabel_probs`` (dictionary from class name to softmax), which make
+  it a classifier for Vision (``predictedFeatureName`` is set), and ``logits`` (float32 1×K), so that parity
+  and the golden values are checked on the same quantity as for ONNX, not on the logarithm of a softmax that
+  underflows in fp16.
 * Target iOS 16 / macOS 13: the oldest whose ML Programs take every operator of a ViT, so that the most devices
   can run it; later targets would add nothing but newer versions of the same operators.
 * The same module gives the same bytes: conversion date, tool versions and random identifiers are taken out (the
@@ -13,24 +14,24 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
 from exporters.checks import check_float16_range, check_module
 from exporters.contract import InputContract
+from exporters.mil.program import ITEM, MODEL_PATH, WEIGHTS_PATH
 from exporters.quiet import import_coremltools, quiet
-from keys.errors import InputError
+from keys.errors import InputError, StorageError
 from keys.files import folder_being_written
 
 Precision = Literal["fp16", "fp32"]
-AUTHOR = "com.apple.CoreML"
-MODEL_PATH = f"Data/{AUTHOR}/model.mlmodel"
-WEIGHTS_PATH = f"Data/{AUTHOR}/weights/weight.bin"
 
 
 class _Classifier(nn.Module):
@@ -42,7 +43,8 @@ class _Classifier(nn.Module):
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = self.module(image)
-        return logits, torch.softmax(logits, dim=-1)
+        probabilities = torch.softmax(logits, dim=-1)
+        return logits, probabilities
 
 
 def export_coreml(
@@ -77,35 +79,54 @@ def export_coreml(
         (folder / "Manifest.json").write_text(_package_manifest())
 
 
-def _convert(
-    module: nn.Module, raw: Path, contract: InputContract, labels: Sequence[str], precision: Precision
-) -> Any:
-    """The converted model's specification; its weights are left in the package ``raw``."""
+def _convert(module: nn.Module, raw: Path, contract: InputContract, labels: Sequence[str], precision: Precision) -> Any:
+    """The converted model's specification; its weights are left in the package ``raw``.
+
+    Two steps, because coremltools 9 cannot give a classifier a further output while it still holds the
+    description of the traced outputs: the first makes the program with both tensors named, the second only
+    adds the classifier to it. All casts are made by the first, so the second runs without them.
+    """
     ct = import_coremltools()
     layout = ct.colorlayout.GRAYSCALE if contract.channels == 1 else ct.colorlayout.RGB
     shape = (1, *contract.shape)
     image = ct.ImageType(name="image", shape=shape, scale=1 / 255, color_layout=layout)
+    outputs = [ct.TensorType(name=name, dtype=np.float32) for name in ("logits", "probabilities")]
+    classes = ct.ClassifierConfig(
+        list(labels), predicted_feature_name="classLabel", predicted_probabilities_output="probabilities"
+    )
     try:
         with quiet(), torch.no_grad():
             traced = torch.jit.trace(_Classifier(module).eval(), torch.zeros(shape), check_trace=False)
-            model = ct.convert(
+            program = ct.convert(
                 traced,
-                convert_to="mlprogram",
+                convert_to="milinternal",
                 inputs=[image],
-                outputs=[ct.TensorType(name="logits"), ct.TensorType(name="probabilities")],
-                classifier_config=ct.ClassifierConfig(
-                    list(labels),
-                    predicted_feature_name="classLabel",
-                    predicted_probabilities_output="probabilities",
-                ),
+                outputs=outputs,
                 minimum_deployment_target=ct.target.iOS16,
                 compute_precision=ct.precision.FLOAT16 if precision == "fp16" else ct.precision.FLOAT32,
+            )
+            program.functions["main"].output_types = None
+            model = ct.convert(
+                program,
+                convert_to="mlprogram",
+                classifier_config=classes,
+                minimum_deployment_target=ct.target.iOS16,
+                compute_precision=ct.precision.FLOAT32,
                 skip_model_load=True,
                 package_dir=str(raw),
             )
     except (NotImplementedError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"coremltools cannot convert this model to Core ML: {reason}") from error
+    except RuntimeError as error:
+        # What coremltools raises where it cannot write the weights: to the system's temporary folder first, then
+        # to the package. It does not tell a full disk from a failing one.
+        if not any(text in str(error) for text in ("FileWriter", "filesystem error")):
+            raise
+        raise StorageError(
+            f"The model's weights could not be written to {tempfile.gettempdir()} and {raw.parent.parent}; "
+            "free space on both (TMPDIR names the first) and run again."
+        ) from error
     return model.get_spec()
 
 
@@ -120,16 +141,16 @@ def _package_manifest() -> str:
     weights, model = (str(uuid.uuid5(uuid.NAMESPACE_URL, name)) for name in (WEIGHTS_PATH, MODEL_PATH))
     entries = {
         weights: {
-            "author": AUTHOR,
+            "author": ITEM,
             "description": "CoreML Model Weights",
             "name": "weights",
-            "path": f"{AUTHOR}/weights",
+            "path": f"{ITEM}/weights",
         },
         model: {
-            "author": AUTHOR,
+            "author": ITEM,
             "description": "CoreML Model Specification",
             "name": "model.mlmodel",
-            "path": f"{AUTHOR}/model.mlmodel",
+            "path": f"{ITEM}/model.mlmodel",
         },
     }
     manifest = {"fileFormatVersion": "1.0.0", "itemInfoEntries": entries, "rootModelIdentifier": model}

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import timm.layers
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from timm.layers.config import set_fused_attn
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -77,7 +77,7 @@ def build_vit(architecture: Architecture, *, pretrained: bool = False, seed: int
     Fused attention is off: its bf16 backward is slow on CPUs, and the exported graphs stay plain.
     Raises InputError if timm does not know the name, or the model is not a ViT with qkv projections.
     """
-    timm.layers.set_fused_attn(False)
+    set_fused_attn(False)
     if not timm.is_model(architecture.name):
         close = ", ".join(timm.list_models(f"*{architecture.name}*")[:3])
         raise InputError(
@@ -89,24 +89,29 @@ def build_vit(architecture: Architecture, *, pretrained: bool = False, seed: int
         model = timm.create_model(
             architecture.name, pretrained=pretrained, num_classes=len(architecture.labels), **architecture.arguments
         )
-    except Exception as error:  # noqa: BLE001 – timm and the hub raise anything when a download fails
+    except Exception as error:
         raise InputError(
             f"Base {architecture.name!r} could not be created: {error} Where there is no network, give a checkpoint "
             "by path, or --random-weights for a dry run."
         ) from error
-    check_supported(architecture.name, model)
-    return model.eval()
+    return checked_vit(architecture.name, model).eval()
 
 
-def check_supported(name: str, model: nn.Module) -> None:
-    """Refuse a base that the keyed recipes do not support: they need a patch embedding and qkv projections."""
-    ok = isinstance(model, VisionTransformer) and isinstance(getattr(model.patch_embed, "proj", None), nn.Conv2d)
-    ok = ok and all(isinstance(getattr(getattr(block, "attn", None), "qkv", None), nn.Linear) for block in model.blocks)  # type: ignore[union-attr]
-    if not ok:
+def checked_vit(name: str, model: nn.Module) -> VisionTransformer:
+    """``model``, if it has what the keyed recipes adapt: a patch embedding and qkv projections.
+
+    Raises InputError for anything else (a ResNet, a ViT with separate q, k and v).
+    """
+    if (
+        not isinstance(model, VisionTransformer)
+        or not isinstance(getattr(model.patch_embed, "proj", None), nn.Conv2d)
+        or not all(isinstance(getattr(getattr(block, "attn", None), "qkv", None), nn.Linear) for block in model.blocks)
+    ):
         raise InputError(
             f"Base {name!r} is not a plain Vision Transformer (patch embedding by one convolution, qkv in one linear "
             "layer); the recipes here adapt exactly those layers."
         )
+    return model
 
 
 def contract_for(channels: int, size: int) -> InputContract:
@@ -117,7 +122,9 @@ def contract_for(channels: int, size: int) -> InputContract:
     )  # fmt: skip
 
 
-def timm_architecture(name: str, labels: tuple[str, ...], image_size: int | None, arguments: dict[str, Any] | None = None) -> Architecture:  # fmt: skip
+def timm_architecture(
+    name: str, labels: tuple[str, ...], image_size: int | None, arguments: dict[str, Any] | None = None
+) -> Architecture:
     """The architecture of a timm name, with timm's own statistics for its pre-trained weights."""
     arguments = dict(arguments or {})
     config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
@@ -130,23 +137,40 @@ def timm_architecture(name: str, labels: tuple[str, ...], image_size: int | None
     return Architecture(name, mean, std, contract_for(channels, image_size or input_size[1]), labels, arguments)
 
 
-def load_base(settings: BaseSettings, labels: tuple[str, ...] | None, seed: int) -> Base:
+def read_architecture(settings: BaseSettings) -> Architecture:
+    """What the base that the settings name looks like, before any data set is known (a timm name has no labels).
+
+    Raises InputError for an unknown base, or a checkpoint that is missing, damaged or pickled.
+    """
+    path = _checkpoint(settings)
+    if path is not None:
+        return read_checkpoint(path).architecture
+    return timm_architecture(settings.name, (), settings.image_size)
+
+
+def load_base(settings: BaseSettings, labels: tuple[str, ...], seed: int) -> Base:
     """Load the base that the settings name.
 
     ``labels`` are the data set's classes: a timm name gets a head for them, a checkpoint must have as many.
     Raises InputError for an unknown, unsupported or damaged base, and for a class count that does not match.
     """
-    path = SHIPPED if settings.name == "shipped" else Path(settings.name)
-    if path.suffix == ".safetensors":
+    path = _checkpoint(settings)
+    if path is not None:
         base = read_checkpoint(path)
         known = base.architecture.labels
-        if labels is not None and len(labels) != len(known):
+        if len(labels) != len(known):
             raise InputError(f"Base {settings.name} has {len(known)} classes, but the data set has {len(labels)}.")
         return base
+    architecture = timm_architecture(settings.name, labels, settings.image_size)
+    return Base(architecture, build_vit(architecture, pretrained=not settings.random_weights, seed=seed))
+
+
+def _checkpoint(settings: BaseSettings) -> Path | None:
+    """The checkpoint file that the settings name, or None for a timm name."""
+    path = SHIPPED if settings.name == "shipped" else Path(settings.name)
     if path.suffix in {".pt", ".pth", ".bin", ".ckpt"}:
         raise InputError(f"{path} is a pickled checkpoint; give a .safetensors file written by 'keyfoundry pretrain'.")
-    architecture = timm_architecture(settings.name, labels or tuple(str(i) for i in range(1000)), settings.image_size)
-    return Base(architecture, build_vit(architecture, pretrained=not settings.random_weights, seed=seed))
+    return path if path.suffix == ".safetensors" else None
 
 
 def save_checkpoint(base: Base, path: Path, notes: dict[str, Any] | None = None) -> None:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from device_tests.evidence import Proportion
 from factory.base import Architecture, Base, build_vit, save_checkpoint
 from factory.classifier import ImageClassifier
 from factory.data import Splits
 from factory.progress import Progress
+from factory.seeds import derive_seed
 from factory.settings import TrainingSettings
 from factory.train import Epoch, accuracy, train
 from keys.files import write_atomic
@@ -42,6 +48,7 @@ def pretrain(
         labels=splits.labels,
     )
     vit = build_vit(architecture, seed=seed)
+    initialise(vit, seed)
     model = ImageClassifier(vit, architecture.mean, architecture.std)
     checkpoint = out.with_suffix(".training.safetensors")
     history = train(
@@ -60,6 +67,23 @@ def pretrain(
     save_checkpoint(base, out, notes)
     checkpoint.unlink()
     return result
+
+
+def initialise(vit: VisionTransformer, seed: int) -> None:
+    """Larger initial weights for the patch embedding (Xavier) and the position embedding (std 0.3) than timm's.
+
+    On a small data set timm's start, made for long schedules, is slow: with 16 tokens and 16,000 Fashion-MNIST
+    images, validation accuracy after one epoch is 0.74 with this start and 0.67 with timm's (seed 0).
+    """
+    generator = torch.Generator().manual_seed(derive_seed(seed, "pre-train", "initial weights"))
+    projection = vit.patch_embed.proj
+    assert isinstance(projection, nn.Conv2d)
+    with torch.no_grad():
+        fan_out, fan_in = projection.weight.flatten(1).shape
+        limit = math.sqrt(6 / (fan_in + fan_out))
+        projection.weight.uniform_(-limit, limit, generator=generator)
+        if vit.pos_embed is not None:
+            vit.pos_embed.normal_(std=0.3, generator=generator)
 
 
 def write_model_card(

@@ -32,10 +32,14 @@ class Progress:
     def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
         self.console = console or Console(stderr=True)
         self.quiet = quiet
+        self.seconds: dict[str, float] = {}  # stage → how long it took in this run
 
     @contextlib.contextmanager
-    def stage(self, name: str, *, total: int, unit: str) -> Iterator[Stage]:
-        """Show one stage of ``total`` units; at its end its duration and rate go to the log."""
+    def stage(self, name: str, *, total: int, unit: str, done: int = 0) -> Iterator[Stage]:
+        """Show one stage of ``total`` units, of which ``done`` were finished by an earlier run.
+
+        At its end its duration and rate go to the log.
+        """
         started = time.monotonic()
         stage: _Bar | _Lines
         if self.console.is_terminal and not self.quiet:
@@ -43,14 +47,15 @@ class Progress:
                 TextColumn("{task.description}"), BarColumn(), _Rate(unit), TimeElapsedColumn(), TextColumn("left"),
                 TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=self.console,
             ) as bar:  # fmt: skip
-                stage = _Bar(bar, name, total)
+                stage = _Bar(bar, name, total, done)
                 yield stage
         else:
-            stage = _Lines(self, name, total, unit)
+            stage = _Lines(self, name, total, unit, done)
             yield stage
         seconds = time.monotonic() - started
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         logger.info("%s: %d %s in %.1f s (%.1f/s) %s", name, stage.done, unit, seconds,
-                    stage.done / max(seconds, 1e-9), stage.note)  # fmt: skip
+                    (stage.done - done) / max(seconds, 1e-9), stage.note)  # fmt: skip
 
     def say(self, text: str) -> None:
         """Print one line beside the bars (not when quiet), and log it."""
@@ -60,9 +65,9 @@ class Progress:
 
 
 class _Bar:
-    def __init__(self, bar: RichProgress, name: str, total: int) -> None:
-        self._bar, self.done, self.note = bar, 0, ""
-        self._task = bar.add_task(name, total=total, note="")
+    def __init__(self, bar: RichProgress, name: str, total: int, done: int) -> None:
+        self._bar, self.done, self.note = bar, done, ""
+        self._task = bar.add_task(name, total=total, completed=done, note="")
 
     def advance(self, count: int = 1, note: str = "") -> None:
         self.done += count
@@ -82,9 +87,9 @@ class _Rate(ProgressColumn):
 
 
 class _Lines:
-    def __init__(self, owner: Progress, name: str, total: int, unit: str) -> None:
+    def __init__(self, owner: Progress, name: str, total: int, unit: str, done: int) -> None:
         self._owner, self._name, self._total, self._unit = owner, name, total, unit
-        self.done, self.note = 0, ""
+        self._first, self.done, self.note = done, done, ""
         self._started = time.monotonic()
         self._spoke = self._started
 
@@ -95,7 +100,7 @@ class _Lines:
         if self._owner.quiet or (now - self._spoke < _SECONDS_BETWEEN_LINES and self.done < self._total):
             return
         self._spoke = now
-        rate = self.done / max(now - self._started, 1e-9)
+        rate = (self.done - self._first) / max(now - self._started, 1e-9)
         left = (self._total - self.done) / max(rate, 1e-9)
         self._owner.console.print(
             f"{self._name}: {self.done}/{self._total} {self._unit}, {rate:.0f}/s, {left:.0f} s left {self.note}",

@@ -16,7 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from keys.errors import InputError
 
-
 SectionT = TypeVar("SectionT", bound=BaseModel)
 
 
@@ -79,6 +78,7 @@ class VerificationSettings(_Section):
     momentum_steps: int = Field(15, ge=1)
     self_check_images: int = Field(100, ge=1)
     self_check_steps: int = Field(50, ge=1)
+    self_check_targets: int = Field(3, ge=1, description="wrong classes that the targeted strong attack tries")
     self_check_margin: float = Field(0.05, ge=0, description="how far below the strong attack an attack may stay")
 
 
@@ -90,6 +90,14 @@ class ReleaseSettings(_Section):
     unacceptable_fooling: float = Field(0.35, gt=0, lt=1, description="p1: released with probability beta at most")
     alpha: float = Field(0.05, gt=0, lt=0.5)
     beta: float = Field(0.05, gt=0, lt=0.5)
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why the limits are what they are; printed in the report."""
+        return (
+            f"Allowed accuracy drop {self.allowed_accuracy_drop:g}: what a key may cost the user of a device.",
+            f"Acceptable fooling rate {self.acceptable_fooling:g}, unacceptable {self.unacceptable_fooling:g}: TODO",
+        )
 
     @model_validator(mode="after")
     def _ordered(self) -> ReleaseSettings:

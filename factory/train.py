@@ -69,8 +69,8 @@ def train(
     history = _resume(checkpoint, parameters, optimizer)
     steps_per_epoch = math.ceil(len(train_split) / settings.batch_size)
     total = settings.epochs * len(train_split)
-    with progress.stage(name, total=total, unit="images") as stage:
-        stage.advance(len(history) * len(train_split))
+    done = len(history) * len(train_split)
+    with progress.stage(name, total=total, unit="images", done=done) as stage:
         for epoch in range(len(history), settings.epochs):
             started = time.monotonic()
             generator = torch.Generator().manual_seed(derive_seed(seed, name, "epoch", epoch))
@@ -98,13 +98,13 @@ def train(
                 optimizer.step()
                 loss_sum += loss.item() * len(indices)
                 stage.advance(len(indices), f"epoch {epoch + 1}/{settings.epochs} loss {loss.item():.3f}")
-            done = Epoch(
+            finished = Epoch(
                 loss=loss_sum / len(train_split),
                 images_per_second=len(train_split) / (time.monotonic() - started),
                 validation_accuracy=accuracy(model, validation),
             )
-            history.append(done)
-            logger.info("%s epoch %d: %s", name, epoch + 1, done)
+            history.append(finished)
+            logger.info("%s epoch %d: %s", name, epoch + 1, finished)
             _save(checkpoint, parameters, optimizer, history)
     model.eval()
     return history

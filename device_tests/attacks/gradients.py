@@ -14,8 +14,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-BATCH_VALUES = 400_000
-"""Input values per batch: 128 images of 28×28 and more, 2 of 3×224×224, which bounds what a graph may hold."""
+from keys.errors import InputError
+
+BATCH_VALUES = 2_000_000
+"""Input values per batch, which bounds what a graph may hold: 13 images of 3×224×224."""
 
 LARGEST_BATCH = 128
 
@@ -51,9 +53,18 @@ def linf_ball(images: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch
 
 
 def loss_gradient(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Gradient of each image's cross-entropy by that image; N×C×H×W. No parameter receives one."""
+    """Gradient of each image's cross-entropy by that image; N×C×H×W. No parameter receives one.
+
+    Raises :class:`InputError` if it is not finite: a sign would turn that into an attack that does nothing.
+    """
     with torch.enable_grad():
         leaf = images.detach().requires_grad_(True)
         # The sum, not the mean: an image's gradient must not depend on the batch it is in.
         loss = F.cross_entropy(model(leaf), labels, reduction="sum")
-    return torch.autograd.grad(loss, leaf)[0]
+    gradient = torch.autograd.grad(loss, leaf)[0]
+    if not torch.isfinite(gradient).all():
+        raise InputError(
+            "The loss of a model that attacks are made on has no finite gradient, so its weights are not usable; "
+            "train that model again."
+        )
+    return gradient

@@ -1,4 +1,8 @@
-"""MI-FGSM: iterative FGSM with momentum, made to transfer (Dong et al., CVPR 2018)."""
+"""MI-FGSM: iterative FGSM with momentum, made to transfer (Dong et al., CVPR 2018).
+
+As published. Its steps only just reach the edge of the ball, so that it is weaker than PGD on its own source
+(up to 15 points at ε = 8/255) while its images often transfer better: run it beside PGD, not instead.
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,12 @@ from typing import Annotated
 
 import typer
 
+from factory.cli.device import device_app
+from factory.cli.info import info_command
+from factory.cli.keys import keys_app
 from factory.cli.pretrain import pretrain_command
+from factory.cli.provision import provision_command
+from factory.cli.stages import export_command, finetune_command, report_command, verify_command
 from keys.errors import KeyfoundryError
 
 app = typer.Typer(
@@ -18,7 +23,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command("provision")(provision_command)
 app.command("pretrain")(pretrain_command)
+app.command("finetune")(finetune_command)
+app.command("export")(export_command)
+app.command("verify")(verify_command)
+app.command("report")(report_command)
+app.command("info")(info_command)
+app.add_typer(keys_app, name="keys")
+app.add_typer(device_app, name="device")
 
 
 def _version(wanted: bool) -> None:

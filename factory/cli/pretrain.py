@@ -15,10 +15,14 @@ from keys.errors import InputError
 
 def pretrain_command(
     out: Annotated[Path, typer.Option(help="Checkpoint to write (.safetensors); its model card lies beside it.")],
-    data: Annotated[str, typer.Option(help="sample, idx, or any timm.data.create_dataset name ('' for a folder).")] = "sample",
+    data: Annotated[
+        str, typer.Option(help="sample, idx, or any timm.data.create_dataset name ('' for a folder).")
+    ] = "sample",
     data_root: Annotated[Path | None, typer.Option(help="Folder of the data set.")] = None,
     architecture: Annotated[str, typer.Option(help="A timm ViT name.")] = "vit_tiny_patch16_224",
-    model_arg: Annotated[list[str] | None, typer.Option(help="Argument of the timm model, as name=value; repeatable.")] = None,
+    model_arg: Annotated[
+        list[str] | None, typer.Option(help="Argument of the timm model, as name=value; repeatable.")
+    ] = None,
     image_size: Annotated[int, typer.Option(help="Input size in pixels.")] = 28,
     channels: Annotated[int, typer.Option(help="1 for grey, 3 for RGB.")] = 1,
     epochs: Annotated[int, typer.Option()] = 30,
@@ -62,9 +66,7 @@ def pretrain_command(
          "label_smoothing": label_smoothing, "shift": shift, "erase": erase},
         "the options",
     )  # fmt: skip
-    settings = parse(
-        DataSettings, {"name": data, "root": data_root, "validation": validation}, "the options"
-    )
+    settings = parse(DataSettings, {"name": data, "root": data_root, "validation": validation}, "the options")
     splits = load_splits(settings, contract_for(channels, image_size), out.parent / "cache", progress)
     blueprint = timm_architecture(architecture, splits.labels, image_size, arguments)
     result = pretrain(blueprint, splits, training, seed=seed, out=out, progress=progress)

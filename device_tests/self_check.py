@@ -1,0 +1,221 @@
+"""Was the attack strong enough? Its white-box success on its own source beside a strong attack's.
+
+Rules: both are counted on the same images, the first ones that the source gets right when clean. The strong attack
+has every advantage: the same ball, and its images are judged before they are rounded to 8 bits. Success is
+judged here, by the source's own predictions, never by the attack.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+from torch import nn
+
+from device_tests.accuracy import predict
+from device_tests.attacks.attack import Progress
+from device_tests.attacks.gradients import at_rest, batches
+from device_tests.evidence import Measured, Proportion, SelfCheck
+from device_tests.images import from_8bit, reachable_levels
+from device_tests.threats import Source
+from device_tests.transfer import AdversarialSet, content_key
+from exporters.measured import NotMeasured
+from exporters.run_torch import TorchRuntime
+
+MARGIN = 0.05
+"""Five points: how far below the strong attack an attack may stay and still be believed."""
+
+_log = logging.getLogger(__name__)
+_log.addHandler(logging.NullHandler())
+
+
+@dataclass(frozen=True)
+class StrongBudget:
+    """How much of AutoAttack is run (Croce and Hein, ICML 2020): its white-box gradient attacks.
+
+    APGD on the cross-entropy, then on what is left the targeted APGD on the DLR loss for the ``targets`` most likely
+    wrong classes; ``steps`` each, one restart. With three classes the untargeted DLR loss stands in, with two
+    nothing does, because the loss needs more classes. ``images``: how many of the source's correct images are used.
+    """
+
+    steps: int = 50
+    targets: int = 3
+    images: int = 100
+
+    def describe(self, classes: int) -> str:
+        """Name what is run on a model with this many classes."""
+        if classes >= 4:
+            wrong = min(self.targets, classes - 1)
+            return f"APGD-CE + APGD-T ({wrong} targets), {self.steps} steps each"
+        return ("APGD-CE + APGD-DLR" if classes == 3 else "APGD-CE") + f", {self.steps} steps each"
+
+
+@dataclass(frozen=True)
+class StrongResult:
+    """What a strong attack did on one source; cached by ``key`` (:func:`strong_key`).
+
+    ``images``: indices of the attacked images among those given. ``fooled``: one bool for each of them.
+    """
+
+    source: str
+    attack: str
+    key: str
+    images: tuple[int, ...]
+    fooled: tuple[bool, ...]
+
+    @property
+    def success(self) -> Measured:
+        """The strong attack's white-box success."""
+        return _success(np.array(self.fooled, dtype=bool))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "source": self.source,
+            "attack": self.attack,
+            "key": self.key,
+            "images": list(self.images),
+            "fooled": list(self.fooled),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> StrongResult:
+        """Read what :meth:`to_json` wrote; raises ``ValueError`` for anything else."""
+        names = {"source", "attack", "key", "images", "fooled"}
+        if set(value) != names or len(value["images"]) != len(value["fooled"]):
+            raise ValueError(f"no result of a strong attack: fields {sorted(value)}")
+        return cls(
+            str(value["source"]),
+            str(value["attack"]),
+            str(value["key"]),
+            tuple(int(index) for index in value["images"]),
+            tuple(fooled is True for fooled in value["fooled"]),
+        )
+
+
+def strong_key(
+    source: Source, images: np.ndarray, labels: np.ndarray, *, epsilon: float, budget: StrongBudget, seed: int
+) -> str:
+    """Return the key of what :func:`run_strong` returns for the same arguments."""
+    return content_key(source.model, images, labels, "strong", source.id, epsilon, budget, seed)
+
+
+def run_strong(
+    source: Source,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    epsilon: float,
+    budget: StrongBudget,
+    seed: int,
+    progress: Progress | None = None,
+) -> StrongResult:
+    """Attack the first ``budget.images`` images that the source gets right, as hard as the budget allows.
+
+    ``images``: uint8 N×C×H×W; ``labels``: integers N; ``epsilon``: L∞ radius on [0, 1], of which the whole levels
+    are used, as everywhere. ``progress`` hears of every image's gradient; at most
+    images · (steps + 1) · (1 + targets) of them. The global random state is left as it was.
+    """
+    model = source.model
+    key = strong_key(source, images, labels, epsilon=epsilon, budget=budget, seed=seed)
+    radius = reachable_levels(epsilon) / 255
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    right = np.flatnonzero(_predict(model, images) == labels)[: budget.images]
+    clean = torch.from_numpy(from_8bit(images[right])).to(device)
+    truth = torch.from_numpy(labels[right].astype(np.int64)).to(device)
+
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        if progress is not None and torch.is_grad_enabled():
+            progress(len(x))
+        return model(x)
+
+    standing = np.ones(len(right), dtype=bool)
+    with at_rest(model), torch.no_grad(), torch.random.fork_rng(enabled=True):
+        classes = int(model(torch.from_numpy(from_8bit(images[:1])).to(device)).shape[1])
+        for attack in _attacks(counted, budget, classes, radius, seed, device):
+            left = np.flatnonzero(standing)
+            for part in batches(clean[left]):
+                chosen = torch.from_numpy(left[part]).to(device)
+                candidates = attack.perturb(clean[chosen], truth[chosen])
+                held = model(candidates).argmax(dim=1) == truth[chosen]
+                standing[left[part]] = held.cpu().numpy()
+    return StrongResult(
+        source=source.id,
+        attack=budget.describe(classes),
+        key=key,
+        images=tuple(int(index) for index in right),
+        fooled=tuple(bool(fooled) for fooled in ~standing),
+    )
+
+
+def self_check(
+    source: Source,
+    adversarial: AdversarialSet,
+    labels: np.ndarray,
+    strong: StrongResult,
+    margin: float = MARGIN,
+) -> tuple[SelfCheck, ...]:
+    """Compare each attack of an adversarial set with the strong attack, on the strong attack's images.
+
+    ``labels``: integers N for the set's images. One check per attack; the source is believed if one passes.
+    Raises ``ValueError`` if the three are not about one source.
+    """
+    if not source.id == adversarial.source == strong.source:
+        raise ValueError(f"{source.id}, {adversarial.source} and {strong.source} are not one source")
+    chosen = np.array(strong.images, dtype=np.int64)
+    checks = []
+    for attack, images in adversarial.images.items():
+        fooled = np.zeros(0, dtype=bool)
+        if len(chosen):
+            fooled = _predict(source.model, images[chosen]) != labels[chosen]
+        behind = sum(strong.fooled) - int(fooled.sum())
+        checks.append(
+            SelfCheck(
+                source=source.id,
+                attack=attack,
+                attack_success=_success(fooled),
+                strong_attack=strong.attack,
+                strong_success=strong.success,
+                # In images, with slack for 0.05·n that is no exact float.
+                passed=len(chosen) > 0 and behind <= margin * len(chosen) + 1e-9,
+                margin=margin,
+            )
+        )
+    return tuple(checks)
+
+
+def _attacks(
+    model: Callable[[torch.Tensor], torch.Tensor],
+    budget: StrongBudget,
+    classes: int,
+    radius: float,
+    seed: int,
+    device: torch.device,
+) -> list[APGDAttack]:
+    # The attacks themselves and not the package's AutoAttack class: that fixes 100 steps and switches off any
+    # tracing (coverage, debuggers) while it inspects the model.
+    shared: dict[str, Any] = {
+        "n_iter": budget.steps, "eps": radius, "seed": seed, "device": device, "logger": _log,
+    }  # fmt: skip
+    attacks = [APGDAttack(model, loss="ce", **shared)]
+    if classes >= 4:
+        attacks.append(APGDAttack_targeted(model, n_target_classes=min(budget.targets, classes - 1), **shared))
+    elif classes == 3:
+        attacks.append(APGDAttack(model, loss="dlr", **shared))
+    return attacks
+
+
+def _predict(model: nn.Module, images: np.ndarray) -> np.ndarray:
+    with at_rest(model):
+        return predict(TorchRuntime(model), images)
+
+
+def _success(fooled: np.ndarray) -> Measured:
+    if len(fooled) == 0:
+        return NotMeasured("the source gets none of the clean images right")
+    return Proportion(int(fooled.sum()), len(fooled))

@@ -1,0 +1,5 @@
+"""Core ML's ML Program ("MIL") read and evaluated without Core ML: weights, program, operators, evaluator.
+
+Core ML itself runs on Apple's systems only. These four modules compute what a package says, in NumPy, so that
+the numbers of a Core ML export can be checked on any machine. Nothing here is needed where Core ML runs.
+"""

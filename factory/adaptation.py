@@ -1,0 +1,89 @@
+"""How a copy of the base is made trainable: LoRA by peft, full fine-tuning, or patch embedding and head.
+
+The paper puts LoRA on the patch embedding and on every qkv, and trains the head in full (Section IV-C). Its
+figure of 1.38 M trainable parameters (Table II) is ViT-B/16 with r = 16 and 1,000 classes.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from factory.settings import RecipeSettings
+from keys.errors import InputError
+from keys.files import folder_being_written, sha256_file, write_atomic
+
+_ADAPTED = r"(.*\.)?(patch_embed\.proj|attn\.qkv)"
+_WEIGHTS = "adapter_model.safetensors"
+
+
+def adapt(vit: VisionTransformer, recipe: RecipeSettings) -> nn.Module:
+    """A copy of ``vit`` in which exactly the recipe's parameters require gradients."""
+    model = copy.deepcopy(vit)
+    if recipe.adaptation == "lora":
+        return get_peft_model(
+            model,  # type: ignore[arg-type] – peft takes any module, its annotation says transformers' only
+            LoraConfig(
+                r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout,  # type: ignore[arg-type]
+                target_modules=_ADAPTED, modules_to_save=["head"],
+            ),
+        )  # fmt: skip
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = recipe.adaptation == "full" or name.startswith(("patch_embed.proj.", "head."))
+    return model
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """How many parameters require gradients."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def merge(model: nn.Module) -> VisionTransformer:
+    """A plain timm ViT with the adapter merged into its weights; ``model`` itself is left as it is."""
+    model = copy.deepcopy(model)
+    merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
+    assert isinstance(merged, VisionTransformer)
+    for parameter in merged.parameters():
+        parameter.requires_grad = False
+    return merged.eval()
+
+
+def save_adapter(model: nn.Module, folder: Path) -> None:
+    """Save what was trained: peft's own format for LoRA, the trained tensors alone for the other modes."""
+    with folder_being_written(folder) as temporary:
+        temporary.chmod(0o700)  # an adapter gives its device away, as the device's weights do
+        if isinstance(model, PeftModel):
+            model.save_pretrained(str(temporary))
+            (temporary / "README.md").unlink()  # an empty template
+        else:
+            trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+            write_atomic(temporary / _WEIGHTS, save(trained))
+
+
+def load_adapter(vit: VisionTransformer, recipe: RecipeSettings, folder: Path) -> nn.Module:
+    """The adapted model that :func:`save_adapter` saved; raises InputError if it does not fit."""
+    try:
+        if recipe.adaptation == "lora":
+            return PeftModel.from_pretrained(copy.deepcopy(vit), str(folder)).eval()  # type: ignore[arg-type]
+        model = adapt(vit, recipe)
+        known = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        stored = load_file(folder / _WEIGHTS)
+        if stored.keys() != known.keys():
+            raise InputError(f"The adapter in {folder} has other parameters than the recipe trains.")
+        model.load_state_dict(stored, strict=False)
+        return model.eval()
+    except (SafetensorError, RuntimeError, ValueError, OSError, KeyError) as error:
+        raise InputError(f"The adapter in {folder} is damaged or belongs to another base: {error}") from error
+
+
+def adapter_digest(folder: Path) -> str:
+    """SHA-256 over the digests of the adapter's files, in the order of their names."""
+    lines = [f"{path.name} {sha256_file(path)}\n" for path in sorted(folder.iterdir())]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -1,0 +1,152 @@
+"""Single stages of an existing fleet: ``finetune``, ``export``, ``verify``, ``report``.
+
+``provision`` runs all of them; these let an operator run, or run again, one at a time. The settings are those
+in the folder's ``fleet.toml``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from factory.cli.options import DEFAULT_OUT, Json, Out, PassphraseFile, Quiet
+
+if TYPE_CHECKING:
+    from factory.fleet import Fleet
+
+Devices = Annotated[list[str] | None, typer.Argument(help="Device ids; default: all of the fleet.")]
+
+
+@contextlib.contextmanager
+def existing_fleet(out: Path, passphrase_file: Path | None, quiet: bool) -> Iterator[Fleet]:
+    """Hold and open the fleet in ``out`` with the settings it was made with."""
+    from factory.fleet_folder import FleetFolder
+    from factory.pipeline import open_fleet
+    from factory.progress import Progress
+
+    folder = FleetFolder(out)
+    settings = folder.stored_settings()
+    with folder.locked():
+        yield open_fleet(folder, settings, Progress(quiet=quiet), passphrase_file)
+
+
+def chosen(fleet: Fleet, devices: list[str] | None) -> list[str]:
+    """The devices named on the command line, all by default; raises InputError for one that is not in the fleet."""
+    from keys.errors import InputError
+
+    known = fleet.settings.device_ids
+    for device_id in devices or []:
+        if device_id not in known:
+            raise InputError(f"Device {device_id!r} is not in this fleet ({', '.join(known)}).")
+    return list(devices or known)
+
+
+def finetune_command(
+    devices: Devices = None,
+    out: Out = DEFAULT_OUT,
+    passphrase_file: PassphraseFile = None,
+    quiet: Quiet = False,
+    json_output: Json = False,
+) -> None:
+    """Train the adapters of devices of an existing fleet; a finished one is kept.
+
+    \b
+    Example: keyfoundry finetune device-2 --out fleet
+    """
+    from factory.pipeline import train_device
+
+    with existing_fleet(out, passphrase_file, quiet) as fleet:
+        rows = []
+        for device_id in chosen(fleet, devices):
+            model, generation = train_device(fleet, device_id)
+            rows.append({
+                "device_id": device_id, "generation": generation, "adapter": str(fleet.folder.model(device_id) / "adapter"),
+                "adapter_digest": model.adapter_digest, "trainable_parameters": model.trainable_parameters,
+                "validation_accuracy": model.history[-1].validation_accuracy,
+            })  # fmt: skip
+    _print(rows, json_output)
+
+
+def export_command(
+    devices: Devices = None,
+    out: Out = DEFAULT_OUT,
+    passphrase_file: PassphraseFile = None,
+    quiet: Quiet = False,
+    json_output: Json = False,
+) -> None:
+    """Export devices of an existing fleet as unsigned packages; what is there already is kept.
+
+    \b
+    Example: keyfoundry export device-2 --out fleet
+    """
+    from factory.pipeline import make_candidate
+
+    with existing_fleet(out, passphrase_file, quiet) as fleet:
+        rows = []
+        for device_id in chosen(fleet, devices):
+            candidate = make_candidate(fleet, device_id)
+            rows.append({"device_id": device_id, "package": str(candidate.package)})
+    _print(rows, json_output)
+
+
+def verify_command(
+    out: Out = DEFAULT_OUT, passphrase_file: PassphraseFile = None, quiet: Quiet = False, json_output: Json = False
+) -> None:
+    """Attack and judge every device of an existing fleet again, release or reject it, and rewrite the report.
+
+    Attacks that were made on the same models are reused; everything is judged anew on the packages as they are.
+
+    \b
+    Example: keyfoundry verify --out fleet --json
+    """
+    from rich.console import Console
+
+    from factory.cli.provision import fleet_table
+    from factory.pipeline import provision
+
+    with existing_fleet(out, passphrase_file, quiet) as fleet:
+        findings = provision(fleet, shlex.join(["keyfoundry", *sys.argv[1:]]))
+    if json_output:
+        typer.echo((out / "report.json").read_text())
+    else:
+        Console(width=None if sys.stdout.isatty() else 140).print(fleet_table(findings))
+
+
+def report_command(out: Out = DEFAULT_OUT, json_output: Json = False) -> None:
+    """Say where a fleet's report is, and each device's decision; --json prints the whole report.
+
+    \b
+    Example: keyfoundry report --json
+    """
+    from device_tests.report.document import ReportDocument
+    from keys.errors import InputError
+
+    path = out / "report.json"
+    try:
+        document = ReportDocument.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise InputError(f"There is no report in {out}; make one with 'keyfoundry provision --out {out}'.") from error
+    except ValueError as error:
+        raise InputError(f"{path} is damaged or of another version: {error}") from error
+    if json_output:
+        typer.echo(document.to_bytes().decode())
+        return
+    typer.echo(f"{out / 'report.html'} (fleet {document.fleet_id}, {document.created:%Y-%m-%d %H:%M} UTC)")
+    for device in document.devices:
+        decision = "released" if device.decision.released else "rejected"
+        typer.echo(f"  {device.id}: {decision} {' '.join(device.decision.reasons)}".rstrip())
+
+
+def _print(rows: list[dict], json_output: bool) -> None:
+    if json_output:
+        typer.echo(json.dumps(rows))
+        return
+    for row in rows:
+        typer.echo("  ".join(f"{name} {value}" for name, value in row.items()))

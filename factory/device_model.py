@@ -1,0 +1,117 @@
+"""One device model: base, key and recipe in, a trained classifier and its adapter folder out.
+
+The same function makes the devices, the attacker's surrogates and the un-keyed control, so that they differ in
+nothing but their key. It is idempotent: a finished adapter is loaded, an unfinished one is gone on with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from factory.adaptation import adapt, adapter_digest, load_adapter, save_adapter, trainable_parameters
+from factory.base import Base
+from factory.block_shuffle import BlockShuffle, check_block_size
+from factory.classifier import ImageClassifier
+from factory.data import Splits
+from factory.progress import Progress
+from factory.settings import RecipeSettings
+from factory.train import Epoch, train
+from keys.derive import DeviceKey
+from keys.errors import InputError
+from keys.files import write_atomic
+from keys.permutation import permutation
+
+
+@dataclass(frozen=True)
+class DeviceModel:
+    """A trained model with its adapter's digest and how it was trained."""
+
+    name: str
+    classifier: ImageClassifier
+    adapter_digest: str
+    trainable_parameters: int
+    history: tuple[Epoch, ...]
+
+
+def block_size(base: Base, recipe: RecipeSettings) -> int:
+    """The recipe's M, or the base's patch size; raises InputError if blocks do not tile the image."""
+    size = recipe.block_size or base.patch_size
+    check_block_size(size, base.architecture.contract.height, base.architecture.contract.width)
+    return size
+
+
+def keyed_shuffle(base: Base, recipe: RecipeSettings, key: DeviceKey) -> BlockShuffle:
+    """The block shuffle that ``key`` stands for on this base."""
+    size, channels = block_size(base, recipe), base.architecture.contract.channels
+    return BlockShuffle(permutation(key, channels * size**2), channels=channels, block_size=size)
+
+
+def make_device_model(
+    base: Base,
+    key: DeviceKey | None,
+    recipe: RecipeSettings,
+    splits: Splits,
+    *,
+    name: str,
+    identity: Sequence[str | int],
+    seed: int,
+    folder: Path,
+    progress: Progress,
+) -> DeviceModel:
+    """Fine-tune a copy of ``base`` on images shuffled by ``key`` (None: the un-keyed control).
+
+    ``identity`` names the key without revealing it (fleet, device, generation). Everything lies in ``folder``:
+    ``adapter/``, the training checkpoint and ``model.json``, which says what the adapter was made from.
+    """
+    shuffle = None if key is None else keyed_shuffle(base, recipe, key)
+    made_from = _fingerprint(base, recipe, splits, identity, seed)
+    record, adapter = folder / "model.json", folder / "adapter"
+    architecture = base.architecture
+    finished = _read(record, made_from)
+    vit = adapt(base.vit, recipe) if finished is None else load_adapter(base.vit, recipe, adapter)
+    classifier = ImageClassifier(vit, architecture.mean, architecture.std, shuffle)
+    if finished is None:
+        history = _fine_tune(classifier, recipe, splits, name, made_from, seed, folder, progress)
+        save_adapter(vit, adapter)
+        finished = {
+            "made_from": made_from, "adapter_digest": adapter_digest(adapter), "seed": seed,
+            "trainable_parameters": trainable_parameters(vit), "history": [asdict(epoch) for epoch in history],
+        }  # fmt: skip
+        write_atomic(record, json.dumps(finished, indent=1).encode())
+    elif adapter_digest(adapter) != finished["adapter_digest"]:
+        raise InputError(f"The adapter in {adapter} was changed after training; delete {folder} to make it anew.")
+    return DeviceModel(
+        name, classifier.eval(), finished["adapter_digest"], finished["trainable_parameters"],
+        tuple(Epoch(**entry) for entry in finished["history"]),
+    )  # fmt: skip
+
+
+def _fine_tune(
+    classifier: ImageClassifier, recipe: RecipeSettings, splits: Splits, name: str, made_from: str, seed: int,
+    folder: Path, progress: Progress,
+) -> tuple[Epoch, ...]:  # fmt: skip
+    checkpoint = folder / f"training-{made_from[:16]}.safetensors"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    history = train(
+        classifier, splits.train, splits.validation, recipe.training, seed=seed, name=name, checkpoint=checkpoint,
+        progress=progress,
+    )  # fmt: skip
+    return tuple(history)
+
+
+def _fingerprint(base: Base, recipe: RecipeSettings, splits: Splits, identity: Sequence[str | int], seed: int) -> str:
+    parts = [base.digest, recipe.model_dump(mode="json"), splits.digest, list(identity), seed]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _read(record: Path, made_from: str) -> dict[str, Any] | None:
+    """The record of a finished training from the same inputs, or None."""
+    if not record.is_file():
+        return None
+    values = json.loads(record.read_text())
+    return values if values["made_from"] == made_from else None

@@ -1,0 +1,68 @@
+"""The nouns that the pipeline passes from step to step; each is frozen and made by exactly one step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from device_tests.evidence import Proportion
+from device_tests.release_rule import Decision
+from device_tests.transfer import TargetJudgement
+from exporters.measured import NotMeasured
+from exporters.parity import Parity
+from factory.base import Base
+from factory.data import Splits
+from factory.device_model import DeviceModel
+from factory.fleet_folder import FleetFolder
+from factory.progress import Progress
+from factory.settings import FleetSettings
+from factory.verification import AttackedSource
+from keys.vault import Vault
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """An open fleet: its folder, settings, secrets, base and data."""
+
+    folder: FleetFolder
+    settings: FleetSettings
+    vault: Vault
+    base: Base
+    splits: Splits
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A trained model with its unsigned package: a device of the fleet, or the un-keyed control."""
+
+    name: str
+    generation: int
+    model: DeviceModel
+    baked: nn.Module
+    package: Path
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Everything measured about one candidate, and what was decided."""
+
+    candidate: Candidate
+    clean: Proportion
+    parity: dict[str, Parity | NotMeasured]
+    judgement: TargetJudgement
+    decision: Decision
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The result of one run over a fleet: what the report is written from."""
+
+    fleet: Fleet
+    base_clean: Proportion
+    sources: tuple[AttackedSource, ...]
+    verdicts: tuple[Verdict, ...]
+    control: Verdict
+    seconds: dict[str, float]

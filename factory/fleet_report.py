@@ -1,0 +1,196 @@
+"""From what a run found to the report's document, and the example images beside it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+import platform
+
+import numpy as np
+import torch
+
+from device_tests.accuracy import accuracy_drop
+from device_tests.evidence import Proportion
+from device_tests.report.document import (
+    AttackReport,
+    BaseReport,
+    DataReport,
+    DecisionReport,
+    Machine,
+    ParityNotMeasured,
+    ParityReport,
+    ReportDocument,
+    RuleReport,
+    SelfCheckBudget,
+    SelfCheckReport,
+    SourceReport,
+    TargetReport,
+    VerificationReport,
+    by_source_of,
+    cells_of,
+    now,
+    threats_of,
+)
+from device_tests.report.render import Example, difference_times_ten
+from device_tests.threats import Threat
+from exporters.measured import NotMeasured
+from exporters.parity import Parity
+from factory.fleet import Findings, Fleet, Verdict
+from factory.packaging import tool_versions
+from factory.release import release_rule
+from factory.verification import attacks_of, strong_budget
+
+RULE_REASONS = (
+    "One test per device on the per-image worst case: testing every cell on its own would reject good devices by "
+    "chance alone.",
+    "The un-keyed control goes through the same rule: a rule that releases it could not tell a keyed device from an "
+    "un-keyed one.",
+)
+_EXAMPLES_PER_DEVICE = 2
+
+
+def report_document(findings: Findings, command: str) -> ReportDocument:
+    """Everything measured, as the document behind report.json and report.html."""
+    fleet = findings.fleet
+    verification, splits = fleet.settings.verification, fleet.splits
+    verdicts = [*findings.verdicts, findings.control]
+    return ReportDocument(
+        schema=1,
+        keyfoundry=importlib.metadata.version("keyfoundry"),
+        created=now(),
+        fleet_id=fleet.vault.fleet_id,
+        command=command,
+        settings=fleet.settings.model_dump(mode="json"),
+        versions=tool_versions(),
+        seed=fleet.settings.seed,
+        machine=Machine(
+            system=f"{platform.system()} {platform.machine()}", processor=_processor(), cores=os.cpu_count() or 1
+        ),
+        seconds={name: round(seconds, 2) for name, seconds in findings.seconds.items()},
+        base=BaseReport(
+            name=fleet.settings.base.name, digest=fleet.base.digest,
+            parameters=sum(p.numel() for p in fleet.base.vit.parameters()), clean=findings.base_clean,
+        ),
+        data=DataReport(
+            name=splits.name, digest=splits.digest, train=len(splits.train), validation=len(splits.validation),
+            test=len(splits.test), skipped=splits.train.skipped + splits.test.skipped, labels=splits.labels,
+        ),
+        verification=VerificationReport(
+            epsilon=verification.epsilon,
+            images=min(verification.images, len(splits.test)),
+            attacks=tuple(AttackReport(name=a.name, description=a.description) for a in attacks_of(verification)),
+            threats=VerificationReport.all_threats(),
+            self_check=SelfCheckBudget(
+                strong_attack=strong_budget(verification).describe(len(splits.labels)),
+                margin=verification.self_check_margin,
+            ),
+        ),
+        rule=RuleReport.of(
+            release_rule(fleet.settings.release),
+            reasons=(*fleet.settings.release.reasons, *RULE_REASONS), tests=len(findings.verdicts),
+        ),
+        sources=tuple(
+            SourceReport(
+                id=one.source.id, threat=one.source.threat.code, description=one.source.description,
+                self_checks=tuple(SelfCheckReport.of(check) for check in one.checks),
+            )
+            for one in findings.sources
+        ),
+        targets=tuple(_target(fleet, verdict, findings.base_clean) for verdict in verdicts),
+        notes=_notes(findings),
+    )  # fmt: skip
+
+
+def _target(fleet: Fleet, verdict: Verdict, base_clean: Proportion) -> TargetReport:
+    control = verdict.candidate.model.classifier.shuffle is None
+    released = verdict.decision.released and not control
+    recipe = fleet.settings.recipe
+    shuffle = verdict.candidate.model.classifier.shuffle
+    keyed = "no key" if shuffle is None else f"block shuffle M = {shuffle.block_size}"
+    adaptation = f"LoRA r = {recipe.rank}" if recipe.adaptation == "lora" else recipe.adaptation
+    return TargetReport(
+        id=verdict.candidate.name,
+        role="control" if control else "device",
+        generation=verdict.candidate.generation,
+        recipe=f"{keyed}, {adaptation}, {recipe.training.epochs} epochs",
+        trainable_parameters=verdict.candidate.model.trainable_parameters,
+        clean=verdict.clean,
+        accuracy_drop=accuracy_drop(base_clean, verdict.clean),
+        parity=tuple(_parity(name, value) for name, value in verdict.parity.items()),
+        cells=cells_of(verdict.judgement),
+        by_source=by_source_of(verdict.judgement),
+        threats=threats_of(verdict.judgement),
+        worst_case=verdict.judgement.worst_case,
+        decision=DecisionReport.of(verdict.decision),
+        package=str(verdict.candidate.package.relative_to(fleet.folder.root)) if released else None,
+        adapter_digest=verdict.candidate.model.adapter_digest,
+    )
+
+
+def _parity(name: str, value: Parity | NotMeasured) -> ParityReport | ParityNotMeasured:
+    if isinstance(value, NotMeasured):
+        return ParityNotMeasured(format=name, not_measured=value.reason)
+    if not math.isfinite(value.max_relative_difference):
+        return ParityNotMeasured(format=name, not_measured="the exported model's logits are not finite")
+    return ParityReport(
+        format=name, runtime=value.runtime, n=value.n, max_relative_difference=value.max_relative_difference,
+        limit=value.limit, top1_agreement=value.top1_agreement, top1_limit=value.top1_limit, passed=value.passed,
+    )  # fmt: skip
+
+
+def _notes(findings: Findings) -> tuple[str, ...]:
+    notes = [
+        "A device attacked through itself (T5) is the white-box ceiling: whoever holds a device can fool that device.",
+        "Fooling rates are among the images that the target classifies correctly when clean; adversarial images are "
+        "rounded to 8 bits, and the exported ONNX file itself was judged.",
+        "Query attacks on the target (T4) and colluding devices (T3) are not measured here.",
+    ]
+    if findings.control.decision.released:
+        notes.append(
+            "The un-keyed control passes the rule. At these settings, the rule cannot tell a keyed device from an "
+            "un-keyed one, and a release says nothing about the key."
+        )
+    return tuple(notes)
+
+
+def report_examples(findings: Findings) -> tuple[Example, ...]:
+    """For each device, the first image that fools the public base and not the device, and the first that does both."""
+    base = findings.sources[0]
+    assert base.source.threat is Threat.PUBLIC_BASE
+    fleet = findings.fleet
+    clean = fleet.splits.test.take(fleet.settings.verification.images)
+    labels = fleet.splits.labels
+    attack = list(base.adversarial.images)[-1]
+    attacked = base.adversarial.images[attack]
+    with torch.no_grad():
+        base_says = np.concatenate(
+            [base.source.model(part.float() / 255).argmax(1).numpy() for part in torch.from_numpy(attacked).split(256)]
+        )
+    examples = []
+    for verdict in findings.verdicts:
+        says = verdict.judgement.predictions[base.source.id, attack]
+        fooling = verdict.judgement.correct & (base_says != verdict.judgement.labels)
+        holds = np.flatnonzero(fooling & (says == verdict.judgement.labels))
+        falls = np.flatnonzero(fooling & (says != verdict.judgement.labels))
+        shuffle = verdict.candidate.model.classifier.shuffle
+        assert shuffle is not None
+        for index in [*holds[:1], *falls[:1]][:_EXAMPLES_PER_DEVICE]:
+            before, after = clean.images[index], torch.from_numpy(attacked[index])
+            examples.append(
+                Example(
+                    device_id=verdict.candidate.name, source_id=base.source.id, attack=attack,
+                    label=labels[int(clean.labels[index])], predicted=labels[int(says[index])],
+                    clean=before.numpy(), keyed=shuffle(before[None].float())[0].byte().numpy(),
+                    adversarial=after.numpy(), difference=difference_times_ten(before.numpy(), after.numpy()),
+                )
+            )  # fmt: skip
+    return tuple(examples)
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown"

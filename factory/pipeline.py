@@ -1,0 +1,171 @@
+"""The way a device goes through the factory, from a secret key to a released package. Read top to bottom.
+
+    vault ─ key ─▶ block shuffle ─▶ fine-tune one adapter ─▶ merge, fold ─▶ export ─▶ attack ─▶ judge ─▶ sign
+
+Every step is idempotent: what a run finished, the next run finds and keeps. Nothing here computes; each step is a
+function of a module named after what it holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from device_tests.accuracy import accuracy
+from device_tests.evidence import Proportion
+from device_tests.release_rule import decide
+from device_tests.report.render import write_report
+from device_tests.threats import Source, Threat
+from device_tests.transfer import judge
+from exporters.run_onnx import OnnxRuntime
+from exporters.run_torch import TorchRuntime
+from factory.base import load_base, read_architecture
+from factory.classifier import ImageClassifier
+from factory.data import load_splits
+from factory.device_model import DeviceModel, block_size, make_device_model
+from factory.fleet import Candidate, Findings, Fleet, Verdict
+from factory.fleet_folder import FleetFolder
+from factory.fleet_report import report_document, report_examples
+from factory.folding import bake
+from factory.packaging import ONNX_NAME, Identity, export_package, parity_of
+from factory.progress import Progress, log_to
+from factory.registry import Registry
+from factory.release import check_enough_images, publish, release_rule
+from factory.seeds import derive_seed
+from factory.settings import FleetSettings
+from factory.verification import AttackedSource, attack_source, self_checks
+from keys.derive import DeviceKey, fixed_guess
+from keys.errors import InputError
+from keys.identifiers import check_device_id
+from keys.signing import write_public_key
+
+BASE, GUESSED, UNKEYED = "base", "guessed-key", "un-keyed"
+
+
+def provision(fleet: Fleet, command: str) -> Findings:
+    """Make, export, attack, judge and release every device of an open fleet; then write its report."""
+    devices = [make_candidate(fleet, device_id) for device_id in fleet.settings.device_ids]
+    control = make_candidate(fleet, UNKEYED)
+    sources = attack_sources(fleet, devices, control)
+    base_clean = base_accuracy(fleet)
+    verdicts = [judge_candidate(fleet, device, sources, base_clean) for device in devices]
+    control_verdict = judge_candidate(fleet, control, sources, base_clean)
+    for verdict in verdicts:
+        publish(fleet, verdict, base_clean)
+    findings = Findings(fleet, base_clean, tuple(sources), tuple(verdicts), control_verdict, fleet.progress.seconds)
+    write_report(fleet.folder.root, report_document(findings, command), report_examples(findings))
+    return findings
+
+
+def open_fleet(
+    folder: FleetFolder, settings: FleetSettings, progress: Progress, passphrase_file: Path | None = None
+) -> Fleet:
+    """Check the settings against the folder, open or create its vault, and load base and data.
+
+    The caller holds ``folder.locked()``. Raises InputError, SecretError or BusyError, before anything is trained.
+    """
+    for device_id in settings.device_ids:
+        if check_device_id(device_id) in (BASE, GUESSED, UNKEYED):
+            raise InputError(f"Device id {device_id!r} is the name of an attack source; choose another.")
+    if not settings.device_ids or len(set(settings.device_ids)) < len(settings.device_ids):
+        raise InputError("A fleet needs one or more devices, each with its own id.")
+    architecture = read_architecture(settings.base)
+    splits = load_splits(settings.data, architecture.contract, folder.cache, progress)
+    base = load_base(settings.base, splits.labels, settings.seed)
+    block_size(base, settings.recipe)
+    check_enough_images(release_rule(settings.release), settings.verification.images, len(splits.test))
+    folder.settle(settings)
+    log_to(folder.log)
+    vault = folder.open_vault(passphrase_file)
+    for device_id in settings.device_ids:
+        vault.add_device(device_id)
+    write_public_key(folder.public_key, vault.signing_key().public_bytes)
+    Registry(folder.registry)
+    progress.say(f"Fleet {vault.fleet_id}: secrets lie in {folder.vault.parent} (keep them off the devices).")
+    return Fleet(folder, settings, vault, base, splits, progress)
+
+
+def train_model(fleet: Fleet, name: str, key: DeviceKey | None, identity: Sequence[str | int]) -> DeviceModel:
+    """One model by the fleet's recipe: a device's, an attacker's surrogate, or the un-keyed control."""
+    return make_device_model(
+        fleet.base, key, fleet.settings.recipe, fleet.splits, name=name, identity=identity,
+        seed=derive_seed(fleet.settings.seed, name, *identity), folder=fleet.folder.model(name),
+        progress=fleet.progress,
+    )  # fmt: skip
+
+
+def train_device(fleet: Fleet, device_id: str) -> tuple[DeviceModel, int]:
+    """The device's model at its current generation, and that generation."""
+    key = fleet.vault.device_key(device_id)
+    model = train_model(fleet, device_id, key, [fleet.vault.fleet_id, device_id, key.generation])
+    return model, key.generation
+
+
+def make_candidate(fleet: Fleet, name: str) -> Candidate:
+    """Train, merge, fold and export a device, or the un-keyed control, which is never released."""
+    if name == UNKEYED:
+        model, generation = train_model(fleet, UNKEYED, None, []), 1
+        package = fleet.folder.model(UNKEYED) / "package"
+    else:
+        (model, generation), package = train_device(fleet, name), fleet.folder.package(name)
+    baked = bake(model.classifier)
+    identity = Identity(
+        device_id=name, generation=generation, fleet_id=fleet.vault.fleet_id, adapter_digest=model.adapter_digest,
+        recipe=fleet.settings.recipe.model_dump(mode="json"),
+    )  # fmt: skip
+    golden = fleet.splits.validation.images.numpy()
+    export_package(baked, fleet.base, identity, golden, package, fleet.progress)
+    return Candidate(name, generation, model, baked, package)
+
+
+def attack_sources(fleet: Fleet, devices: Sequence[Candidate], control: Candidate) -> list[AttackedSource]:
+    """Attack the public base, a guessed key's model, every device, and the un-keyed control; each once."""
+    architecture = fleet.base.architecture
+    public = ImageClassifier(fleet.base.vit, architecture.mean, architecture.std)
+    guessed = train_model(fleet, GUESSED, fixed_guess(GUESSED), [GUESSED])
+    sources = [
+        Source(BASE, Threat.PUBLIC_BASE, public, "the public base"),
+        Source(GUESSED, Threat.GUESSED_KEY, bake(guessed.classifier), "the same recipe with a guessed key"),
+        *(Source(device.name, Threat.SIBLING_DEVICE, device.baked, f"extracted {device.name}") for device in devices),
+        Source(UNKEYED, Threat.UNKEYED_CONTROL, control.baked, "the same recipe without a key"),
+    ]
+    attacked = fleet.splits.test.take(fleet.settings.verification.images)
+    return [
+        attack_source(
+            source, attacked.images.numpy(), attacked.labels.numpy(), fleet.settings.verification,
+            seed=fleet.settings.seed, cache=fleet.folder.attacks(source.id), progress=fleet.progress,
+        )
+        for source in sources
+    ]  # fmt: skip
+
+
+def base_accuracy(fleet: Fleet) -> Proportion:
+    """The public base's accuracy on all test images."""
+    architecture, test = fleet.base.architecture, fleet.splits.test
+    model = ImageClassifier(fleet.base.vit, architecture.mean, architecture.std)
+    return accuracy(TorchRuntime(model), test.images.numpy(), test.labels.numpy())
+
+
+def judge_candidate(
+    fleet: Fleet, candidate: Candidate, sources: Sequence[AttackedSource], base_clean: Proportion
+) -> Verdict:
+    """Measure the exported package itself, through onnxruntime: parity, clean accuracy, transfer; then decide."""
+    test, verification = fleet.splits.test, fleet.settings.verification
+    record = fleet.folder.model(candidate.name) / "parity.json"
+    images = fleet.splits.validation.take(verification.parity_images).images.numpy()
+    parity = parity_of(candidate.baked, candidate.package, images, record, fleet.progress)
+    runtime = OnnxRuntime(candidate.package / ONNX_NAME)
+    with fleet.progress.stage(f"judge {candidate.name}", total=2, unit="measurements") as stage:
+        clean = accuracy(runtime, test.images.numpy(), test.labels.numpy())
+        stage.advance(note="transfer")
+        attacked = test.take(verification.images)
+        judgement = judge(
+            runtime, candidate.name, attacked.images.numpy(), attacked.labels.numpy(),
+            [source.adversarial for source in sources], self_checks(sources),
+        )  # fmt: skip
+        stage.advance()
+    decision = decide(
+        release_rule(fleet.settings.release), base_accuracy=base_clean, device_accuracy=clean, parities=parity,
+        worst_fooled=judgement.worst_fooled,
+    )  # fmt: skip
+    return Verdict(candidate, clean, parity, judgement, decision)

@@ -1,0 +1,189 @@
+"""The self-check: strong enough attacks pass, weak ones do not, and nothing unmeasured passes."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from device_tests.attacks.attack import Progress
+from device_tests.attacks.pgd import PGD
+from device_tests.evidence import Proportion
+from device_tests.images import from_8bit
+from device_tests.self_check import StrongBudget, StrongResult, run_strong, self_check, strong_key
+from device_tests.threats import Source, Threat
+from device_tests.transfer import AdversarialSet, craft
+from exporters.measured import NotMeasured
+
+EPSILON = 16 / 255
+BUDGET = StrongBudget(steps=10, targets=2, images=60)
+
+
+class Idle:
+    """An attack that proposes the clean images: the weakest there is."""
+
+    name = "idle"
+    description = "nothing at all"
+    gradients_per_image = 0
+
+    def generate(
+        self,
+        model: nn.Module,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        epsilon: float,
+        seed: int,
+        progress: Progress | None = None,
+    ) -> torch.Tensor:
+        return images.clone()
+
+
+def blobs(n: int, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """One dim bright quarter per class in noise: uint8 n×1×8×8, labels."""
+    generator = np.random.default_rng(5)
+    labels = np.arange(n) % classes
+    images = generator.normal(110, 30, (n, 1, 8, 8))
+    for image, label in zip(images, labels, strict=True):
+        row, column = divmod(int(label), 2)
+        image[0, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 40
+    return images.clip(0, 255).astype(np.uint8), labels
+
+
+def train(classes: int = 4) -> Source:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.GELU(), nn.Dropout(0.2), nn.Linear(24, classes))
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        images, labels = blobs(400, classes)
+        for _ in range(60):
+            optimizer.zero_grad()
+            logits = model(torch.from_numpy(from_8bit(images)) - 0.5)
+            nn.functional.cross_entropy(logits, torch.from_numpy(labels)).backward()
+            optimizer.step()
+    shift = nn.BatchNorm2d(1, affine=False, track_running_stats=True)
+    shift.running_mean = torch.tensor([0.5])
+    return Source("base", Threat.PUBLIC_BASE, nn.Sequential(shift, model), "a small network")
+
+
+@pytest.fixture(scope="module")
+def source() -> Source:
+    torch.set_num_threads(1)
+    return train()
+
+
+def strong(source: Source, classes: int = 4) -> StrongResult:
+    return run_strong(source, *blobs(90, classes), epsilon=EPSILON, budget=BUDGET, seed=0)
+
+
+def test_pgd_passes_and_an_idle_attack_does_not(source: Source) -> None:
+    images, labels = blobs(90)
+    result = strong(source)
+    made = craft(source, [PGD(), Idle()], images, labels, epsilon=EPSILON, seed=0)
+    pgd, idle = self_check(source, made, labels, result)
+    assert isinstance(pgd.strong_success, Proportion)
+    assert pgd.strong_success.n == 60
+    assert pgd.strong_success.value > 0.3
+    assert pgd.passed
+    assert pgd.strong_attack == "APGD-CE + APGD-T (2 targets), 10 steps each"
+    assert not idle.passed
+    assert idle.attack_success == Proportion(0, 60)
+
+
+def test_only_the_first_images_that_the_source_gets_right_are_used(source: Source) -> None:
+    images, labels = blobs(90)
+    labels[:10] = (labels[:10] + 1) % 4
+    result = run_strong(source, images, labels, epsilon=EPSILON, budget=BUDGET, seed=0)
+    assert len(result.images) == BUDGET.images
+    assert min(result.images) >= 10
+    assert list(result.images) == sorted(result.images)
+
+
+def test_the_strong_attack_repeats_and_leaves_the_random_state_and_the_model_alone(source: Source) -> None:
+    source.model.train()
+    torch.manual_seed(4)
+    state = torch.random.get_rng_state()
+    first = strong(source)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert source.model.training
+    assert source.model[0].num_batches_tracked == 0  # type: ignore[index]
+    source.model.eval()
+    torch.manual_seed(5)
+    assert strong(source) == first
+    assert StrongResult.from_json(json.loads(json.dumps(first.to_json()))) == first
+
+
+def test_a_larger_budget_finds_no_fewer(source: Source) -> None:
+    images, labels = blobs(90)
+    small, large = (
+        run_strong(source, images, labels, epsilon=EPSILON, budget=StrongBudget(steps, 3, 60), seed=0)
+        for steps in (2, 25)
+    )
+    assert sum(large.fooled) >= sum(small.fooled)
+
+
+@pytest.mark.parametrize(("classes", "name"), [(2, "APGD-CE,"), (3, "APGD-CE + APGD-DLR,")])
+def test_few_classes_get_the_losses_that_they_allow(classes: int, name: str) -> None:
+    result = strong(train(classes), classes)
+    assert result.attack.startswith(name)
+    assert sum(result.fooled) > 0
+
+
+def test_progress_stays_within_the_stated_bound(source: Source) -> None:
+    heard: list[int] = []
+    images, labels = blobs(90)
+    run_strong(source, images, labels, epsilon=EPSILON, budget=BUDGET, seed=0, progress=heard.append)
+    assert 60 * 11 <= sum(heard) <= 60 * (BUDGET.steps + 1) * (1 + BUDGET.targets)
+
+
+def test_a_source_that_gets_nothing_right_is_not_measured_and_does_not_pass(source: Source) -> None:
+    images, _ = blobs(40)
+    with torch.no_grad():
+        predictions = source.model(torch.from_numpy(from_8bit(images))).argmax(1).numpy()
+    never = (predictions + 1) % 4
+    made = craft(source, [PGD(2)], images, never, epsilon=EPSILON, seed=0)
+    result = run_strong(source, images, never, epsilon=EPSILON, budget=BUDGET, seed=0)
+    assert isinstance(result.success, NotMeasured)
+    (check,) = self_check(source, made, never, result)
+    assert isinstance(check.attack_success, NotMeasured)
+    assert not check.passed
+
+
+class FirstPixel(nn.Module):
+    """Class 1 where the first pixel is bright."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        bright = images[:, 0, 0, 0] - 0.5
+        return torch.stack([-bright, bright], dim=1)
+
+
+@pytest.mark.parametrize(("fooled", "passes"), [(100, True), (96, True), (95, True), (94, False), (0, False)])
+def test_the_margin_is_five_points_and_its_edge_passes(fooled: int, passes: bool) -> None:
+    source = Source("base", Threat.PUBLIC_BASE, FirstPixel(), "reads one pixel")
+    images = np.zeros((100, 1, 2, 2), dtype=np.uint8)
+    images[:fooled] = 255
+    made = AdversarialSet("base", Threat.PUBLIC_BASE, 1.0, "", {"pgd": images})
+    result = StrongResult("base", "APGD-CE", "", tuple(range(100)), (True,) * 100)
+    (check,) = self_check(source, made, np.zeros(100, dtype=np.int64), result)
+    assert check.passed is passes
+    assert check.attack_success == Proportion(fooled, 100)
+
+
+def test_results_of_different_sources_are_not_compared(source: Source) -> None:
+    made = AdversarialSet("other", Threat.PUBLIC_BASE, EPSILON, "", {})
+    with pytest.raises(ValueError, match="not one source"):
+        self_check(source, made, np.zeros(1), StrongResult("base", "APGD-CE", "", (), ()))
+
+
+def test_the_key_depends_on_everything_that_the_result_does(source: Source) -> None:
+    images, labels = blobs(8)
+    keys = {strong_key(source, images, labels, epsilon=EPSILON, budget=BUDGET, seed=0)}
+    keys.add(strong_key(source, images, labels, epsilon=8 / 255, budget=BUDGET, seed=0))
+    keys.add(strong_key(source, images, labels, epsilon=EPSILON, budget=StrongBudget(), seed=0))
+    keys.add(strong_key(source, images, labels, epsilon=EPSILON, budget=BUDGET, seed=1))
+    keys.add(strong_key(source, images, (labels + 1) % 4, epsilon=EPSILON, budget=BUDGET, seed=0))
+    keys.add(strong_key(train(3), images, labels, epsilon=EPSILON, budget=BUDGET, seed=0))
+    assert len(keys) == 6
