@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+# A compiled module without stubs; onnxruntime's exceptions are named nowhere else.
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # pyright: ignore[reportAttributeAccessIssue]
 
 from exporters.contract import checked_images
 from exporters.runtime import batches

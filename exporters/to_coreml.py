@@ -57,7 +57,7 @@ def export_coreml(
 ) -> None:
     """Write ``module`` (N×C×H×W in [0, 1] to logits N×K) as the folder ``path``, whole or not at all.
 
-    ``precision`` is that of weights and activations; the input image and ``logits`` are float32 in both.
+    ``precision`` is that of weights and activations; image, ``logits`` and the last softmax are float32 in both.
     Raises :class:`InputError` if the module cannot be exported (see :func:`exporters.checks.check_module`),
     holds a value beyond float16 while ``precision`` is fp16, or uses an operator that coremltools lacks, and
     ``StorageError`` if the disk is full.
@@ -103,7 +103,7 @@ def _convert(module: nn.Module, raw: Path, contract: InputContract, labels: Sequ
                 inputs=[image],
                 outputs=outputs,
                 minimum_deployment_target=ct.target.iOS16,
-                compute_precision=ct.precision.FLOAT16 if precision == "fp16" else ct.precision.FLOAT32,
+                compute_precision=_float16(ct) if precision == "fp16" else ct.precision.FLOAT32,
             )
             program.functions["main"].output_types = None
             model = ct.convert(
@@ -128,6 +128,11 @@ def _convert(module: nn.Module, raw: Path, contract: InputContract, labels: Sequ
             "free space on both (TMPDIR names the first) and run again."
         ) from error
     return model.get_spec()
+
+
+def _float16(ct: Any) -> Any:
+    """float16 for all but the last softmax: rounded, it would tie classes whose logits differ."""
+    return ct.transform.FP16ComputePrecision(op_selector=lambda op: op.outputs[0].name != "probabilities")
 
 
 def _strip_source(spec: Any) -> None:

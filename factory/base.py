@@ -131,10 +131,11 @@ def timm_architecture(
     input_size = config.input_size if config else (3, 224, 224)
     if image_size is not None:
         arguments["img_size"] = image_size
+    size = int(arguments.get("img_size", input_size[1]))
     channels = int(arguments.get("in_chans", input_size[0]))
     mean = tuple(float(v) for v in (config.mean if config else (0.5,) * 3))[:channels]
     std = tuple(float(v) for v in (config.std if config else (0.5,) * 3))[:channels]
-    return Architecture(name, mean, std, contract_for(channels, image_size or input_size[1]), labels, arguments)
+    return Architecture(name, mean, std, contract_for(channels, size), labels, arguments)
 
 
 def read_architecture(settings: BaseSettings) -> Architecture:

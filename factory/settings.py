@@ -26,70 +26,80 @@ class _Section(BaseModel):
 class DataSettings(_Section):
     """Which images, and how many of the training images are held out for validation."""
 
-    name: str = Field("sample", description="sample, idx, or any name that timm.data.create_dataset takes")
-    root: Path | None = Field(None, description="folder of the data set")
+    name: str = Field(default="sample", description="sample, idx, or any name that timm.data.create_dataset takes")
+    root: Path | None = Field(default=None, description="folder of the data set")
     train_split: str = "train"
     test_split: str = "test"
-    validation: int = Field(5000, ge=1, description="training images held out for validation")
-    download: bool = Field(False, description="let torchvision or Hugging Face download the data set")
+    validation: int = Field(default=5000, ge=1, description="training images held out for validation")
+    download: bool = Field(default=False, description="let torchvision or Hugging Face download the data set")
 
 
 class BaseSettings(_Section):
     """The shared pre-trained ViT."""
 
-    name: str = Field("shipped", description="shipped, a timm model name, or the path of a checkpoint")
-    image_size: int | None = Field(None, ge=4, description="input size, for timm names")
-    random_weights: bool = Field(False, description="do not load pre-trained weights (for dry runs)")
+    name: str = Field(default="shipped", description="shipped, a timm model name, or the path of a checkpoint")
+    image_size: int | None = Field(default=None, ge=4, description="input size, for timm names")
+    random_weights: bool = Field(default=False, description="do not load pre-trained weights (for dry runs)")
 
 
 class TrainingSettings(_Section):
     """One training run: AdamW with linear warm-up and cosine decay."""
 
-    epochs: int = Field(5, ge=1)
-    batch_size: int = Field(64, ge=1)
-    learning_rate: float = Field(2e-3, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps with a rising learning rate")
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    flip: bool = Field(True, description="random horizontal flips")
-    shift: int = Field(2, ge=0, description="random shifts, in pixels")
-    erase: float = Field(0.0, ge=0, lt=1, description="probability of erasing a random rectangle")
-    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto is bf16 where the hardware has it")
+    epochs: int = Field(default=3, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    learning_rate: float = Field(default=2e-3, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps with a rising learning rate")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    flip: bool = Field(default=True, description="random horizontal flips")
+    shift: int = Field(default=1, ge=0, description="random shifts, in pixels")
+    erase: float = Field(default=0.0, ge=0, lt=1, description="probability of erasing a random rectangle")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        default="auto", description="auto is bf16 where the hardware has it"
+    )
 
 
 class RecipeSettings(_Section):
     """How a device model is made from the base and a key."""
 
-    block_size: int | None = Field(None, ge=1, description="M of the block shuffle; default: the base's patch size")
+    block_size: int | None = Field(
+        default=None, ge=1, description="M of the block shuffle; default: the base's patch size"
+    )
     adaptation: Literal["lora", "full", "patch-embedding-head"] = "lora"
-    rank: int = Field(16, ge=1, description="LoRA rank r; the paper's value")
-    alpha: float = Field(16.0, gt=0, description="LoRA scaling numerator: updates are scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    rank: int = Field(default=16, ge=1, description="LoRA rank r; the paper's value")
+    alpha: float = Field(default=16.0, gt=0, description="LoRA scaling numerator: updates are scaled by alpha / rank")
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     training: TrainingSettings = TrainingSettings()
 
 
 class VerificationSettings(_Section):
     """What is attacked, how hard, and on how many images."""
 
-    epsilon: float = Field(8 / 255, gt=0, le=1, description="L-infinity budget on inputs in [0, 1]")
-    images: int = Field(400, ge=1, description="test images that are attacked")
-    parity_images: int = Field(256, ge=1)
-    pgd_steps: int = Field(20, ge=1)
-    momentum_steps: int = Field(15, ge=1)
-    self_check_images: int = Field(100, ge=1)
-    self_check_steps: int = Field(50, ge=1)
-    self_check_targets: int = Field(3, ge=1, description="wrong classes that the targeted strong attack tries")
-    self_check_margin: float = Field(0.05, ge=0, description="how far below the strong attack an attack may stay")
+    epsilon: float = Field(default=8 / 255, gt=0, le=1, description="L-infinity budget on inputs in [0, 1]")
+    images: int = Field(default=300, ge=1, description="test images that are attacked")
+    parity_images: int = Field(default=256, ge=1)
+    pgd_steps: int = Field(default=20, ge=1)
+    momentum_steps: int = Field(default=15, ge=1)
+    self_check_images: int = Field(default=80, ge=1)
+    self_check_steps: int = Field(default=30, ge=1)
+    self_check_targets: int = Field(default=3, ge=1, description="wrong classes that the targeted strong attack tries")
+    self_check_margin: float = Field(
+        default=0.05, ge=0, description="how far below the strong attack an attack may stay"
+    )
 
 
 class ReleaseSettings(_Section):
     """Limits of the release rule; their reasons are printed in the report."""
 
-    allowed_accuracy_drop: float = Field(0.03, ge=0, le=1)
-    acceptable_fooling: float = Field(0.25, gt=0, lt=1, description="p0: released with probability 1 - alpha or more")
-    unacceptable_fooling: float = Field(0.35, gt=0, lt=1, description="p1: released with probability beta at most")
-    alpha: float = Field(0.05, gt=0, lt=0.5)
-    beta: float = Field(0.05, gt=0, lt=0.5)
+    allowed_accuracy_drop: float = Field(default=0.03, ge=0, le=1)
+    acceptable_fooling: float = Field(
+        default=0.25, gt=0, lt=1, description="p0: released with probability 1 - alpha or more"
+    )
+    unacceptable_fooling: float = Field(
+        default=0.35, gt=0, lt=1, description="p1: released with probability beta at most"
+    )
+    alpha: float = Field(default=0.05, gt=0, lt=0.5)
+    beta: float = Field(default=0.05, gt=0, lt=0.5)
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -109,8 +119,8 @@ class ReleaseSettings(_Section):
 class FleetSettings(_Section):
     """All settings of one fleet."""
 
-    devices: int | list[str] = Field(3, description="a number, or the device ids")
-    seed: int = Field(0, ge=0, description="seed of all public randomness; keys never depend on it")
+    devices: int | list[str] = Field(default=3, description="a number, or the device ids")
+    seed: int = Field(default=0, ge=0, description="seed of all public randomness; keys never depend on it")
     data: DataSettings = DataSettings()
     base: BaseSettings = BaseSettings()
     recipe: RecipeSettings = RecipeSettings()

@@ -36,7 +36,9 @@ class AttackedSource:
 
 def attacks_of(settings: VerificationSettings) -> tuple[Attack, ...]:
     """The attacks that are run on every source; add one here and it enters every worst case."""
-    return (PGD(steps=settings.pgd_steps), MomentumFGSM(steps=settings.momentum_steps))
+    # MI-FGSM with the paper's step (reach 1) falls more than five points behind AutoAttack's gradient attacks on the
+    # shipped base, and would not pass its self-check; with four times the step it passes (validation images).
+    return (PGD(steps=settings.pgd_steps), MomentumFGSM(steps=settings.momentum_steps, reach=4.0))
 
 
 def strong_budget(settings: VerificationSettings) -> StrongBudget:

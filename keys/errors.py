@@ -31,7 +31,7 @@ class PackageError(KeyfoundryError):
     exit_code = 5
 
 
-class CheckFailed(KeyfoundryError):
+class CheckFailed(KeyfoundryError):  # noqa: N818 – a check that fails is a result, not a malfunction
     """A check ran and failed: parity, golden logits, accuracy on the device."""
 
     exit_code = 6

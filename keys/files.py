@@ -97,4 +97,6 @@ def storage_errors(path: Path) -> Iterator[None]:
             raise StorageError(f"The disk is full: {path} was not written; free space and run again.") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise StorageError(f"No permission to write {path}; choose another folder with --out.") from error
+        if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            raise StorageError(f"{path} cannot be written: a file stands where a folder belongs.") from error
         raise

@@ -17,13 +17,15 @@ from device_tests.attacks.gradients import at_rest, batches, linf_ball, loss_gra
 
 @dataclass(frozen=True)
 class MomentumFGSM:
-    """L∞ MI-FGSM: ``steps`` steps of ε/``steps`` along the sign of the accumulated gradient, from the clean image.
+    """L∞ MI-FGSM: ``steps`` steps of ``reach``·ε/``steps`` along the sign of the accumulated gradient.
 
-    ``momentum`` is the paper's decay factor μ; 1.0 adds up all gradients, its best setting.
+    It starts at the clean image. ``momentum`` is the paper's decay factor μ; 1.0 adds up all gradients, its best
+    setting. ``reach`` = 1 is the paper's step, with which the ball's edge is reached at the last step only.
     """
 
     steps: int = 10
     momentum: float = 1.0
+    reach: float = 1.0
 
     @property
     def name(self) -> str:
@@ -33,7 +35,7 @@ class MomentumFGSM:
     @property
     def description(self) -> str:
         """Norm and budget in words."""
-        return f"MI-FGSM, L∞, {self.steps} steps of ε/{self.steps}, momentum {self.momentum:g}"
+        return f"MI-FGSM, L∞, {self.steps} steps of {self.reach:g}·ε/{self.steps}, momentum {self.momentum:g}"
 
     @property
     def gradients_per_image(self) -> int:
@@ -56,7 +58,7 @@ class MomentumFGSM:
         Nothing is drawn at random: ``seed`` changes nothing.
         """
         candidates = torch.empty_like(images)
-        step = epsilon / self.steps
+        step = self.reach * epsilon / self.steps
         with at_rest(model):
             for part in batches(images):
                 clean, truth = images[part], labels[part]

@@ -69,38 +69,23 @@ def _unary(function: Callable[[np.ndarray], np.ndarray]) -> Operator:
     return apply
 
 
-def _divide(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    # Core ML divides integers towards zero.
-    return np.trunc(x / y) if x.dtype.kind == "i" and y.dtype.kind == "i" else np.divide(x, y)
-
-
 OPERATORS.update(
     {
         "add": _binary(np.add),
         "sub": _binary(np.subtract),
         "mul": _binary(np.multiply),
-        "real_div": _binary(_divide),
-        "floor_div": _binary(np.floor_divide),
-        "mod": _binary(np.mod),
+        "real_div": _binary(np.divide),
         "pow": _binary(np.power),
         "maximum": _binary(np.maximum),
         "minimum": _binary(np.minimum),
-        "equal": _binary(np.equal),
-        "not_equal": _binary(np.not_equal),
         "greater": _binary(np.greater),
-        "greater_equal": _binary(np.greater_equal),
         "less": _binary(np.less),
-        "less_equal": _binary(np.less_equal),
-        "logical_and": _binary(np.logical_and),
-        "logical_or": _binary(np.logical_or),
         "abs": _unary(np.abs),
         "ceil": _unary(np.ceil),
         "cos": _unary(np.cos),
         "erf": _unary(special.erf),
         "exp": _unary(np.exp),
         "floor": _unary(np.floor),
-        "identity": _unary(lambda x: x),
-        "logical_not": _unary(np.logical_not),
         "relu": _unary(lambda x: np.maximum(x, 0)),
         "sigmoid": _unary(special.expit),
         "silu": _unary(lambda x: x * special.expit(x)),
@@ -112,13 +97,14 @@ OPERATORS.update(
 )
 
 
-@operator("rsqrt", "inverse", "log")
-def _with_epsilon(call: Call) -> np.ndarray:
-    epsilons = {"rsqrt": 1e-12, "inverse": 1e-4, "log": 1e-45}
-    shifted = call.tensor("x") + call.number("epsilon", epsilons[call.operation.type])
-    if call.operation.type == "log":
-        return np.log(shifted)
-    return 1 / (np.sqrt(shifted) if call.operation.type == "rsqrt" else shifted)
+@operator("rsqrt")
+def _rsqrt(call: Call) -> np.ndarray:
+    return 1 / np.sqrt(call.tensor("x") + call.number("epsilon", 1e-12))
+
+
+@operator("log")
+def _log(call: Call) -> np.ndarray:
+    return np.log(call.tensor("x") + call.number("epsilon", 1e-45))
 
 
 @operator("clip")
@@ -152,6 +138,13 @@ def _cast(call: Call) -> np.ndarray:
 @operator("select")
 def _select(call: Call) -> np.ndarray:
     return np.where(*_aligned(call.tensor("cond"), call.tensor("a"), call.tensor("b")))
+
+
+def _windows(x: np.ndarray, size: tuple[int, ...], axes: tuple[int, ...]) -> np.ndarray:
+    """All windows of ``size`` over ``axes``, as that many more axes behind; a view."""
+    # NumPy's own stub knows one axis only, its function takes several.
+    view: Callable[..., np.ndarray] = np.lib.stride_tricks.sliding_window_view
+    return view(x, size, axes)
 
 
 # ---- matrices and convolutions ------------------------------------------------------------------------------
@@ -189,7 +182,7 @@ def _conv(call: Call) -> np.ndarray:
     x = np.pad(x, [(0, 0), (0, 0), *_spatial_padding(call, x.shape[2:], reach, strides)])
 
     axes = tuple(range(2, 2 + spatial))
-    windows = np.lib.stride_tricks.sliding_window_view(x, reach, axes)
+    windows = _windows(x, reach, axes)
     places = tuple(slice(None, None, step) for step in strides)
     taps = tuple(slice(None, None, step) for step in dilations)
     windows = windows[(slice(None), slice(None), *places, *taps)]
@@ -235,7 +228,7 @@ def _max_pool(call: Call) -> np.ndarray:
         raise call.unknown("pools over incomplete windows")
     padding = _spatial_padding(call, x.shape[3:], kernel, strides)
     x = np.pad(x, [(0, 0)] * 3 + padding, constant_values=-np.inf)
-    windows = np.lib.stride_tricks.sliding_window_view(x, kernel, tuple(range(3, x.ndim)))
+    windows = _windows(x, kernel, tuple(range(3, x.ndim)))
     places = tuple(slice(None, None, step) for step in strides)
     return windows[(slice(None),) * 3 + places].max(axis=tuple(range(x.ndim, windows.ndim)))
 
@@ -373,14 +366,6 @@ def _slice_by_index(call: Call) -> np.ndarray:
         end = None if to_end[axis] else ends[axis]
         index.append(begins[axis] if single[axis] else slice(begin, end, steps[axis]))
     return x[tuple(index)]
-
-
-@operator("slice_by_size")
-def _slice_by_size(call: Call) -> np.ndarray:
-    x = call.tensor("x")
-    pairs = zip(call.integers("begin"), call.integers("size"), strict=True)
-    # A size of -1 takes all that follows.
-    return x[(slice(None), *(slice(b, None if n == -1 else b + n) for b, n in pairs))]
 
 
 @operator("gather")
