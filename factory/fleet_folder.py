@@ -57,8 +57,8 @@ class FleetFolder:
         with storage_errors(self.root):
             for folder in (self.root, self.work, self.vault.parent):
                 folder.mkdir(parents=True, exist_ok=True)
-            for private in (self.work, self.vault.parent):
-                private.chmod(0o700)
+            for private in (self.root, self.work, self.vault.parent):
+                private.chmod(0o700)  # the packages too: in clear, each one gives its device's key away
         lock = FileLock(self.work / "lock", timeout=0)
         try:
             lock.acquire()

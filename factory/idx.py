@@ -36,7 +36,10 @@ def read_idx(path: Path) -> np.ndarray:
             magic = stream.read(4)
             if len(magic) != 4 or magic[:2] != b"\0\0" or magic[2] != _UNSIGNED_BYTE or not 1 <= magic[3] <= 4:
                 raise InputError(f"{path} is not an IDX file of unsigned bytes.")
-            shape = tuple(int.from_bytes(stream.read(4), "big") for _ in range(magic[3]))
+            sizes = stream.read(4 * magic[3])
+            if len(sizes) != 4 * magic[3]:
+                raise InputError(f"{path} is truncated or corrupt: it ends inside its header.")
+            shape = tuple(int.from_bytes(sizes[at : at + 4], "big") for at in range(0, len(sizes), 4))
             size = math.prod(shape)
             if size > _LARGEST:
                 raise InputError(f"{path} claims {size} bytes, more than this reader accepts.")

@@ -17,7 +17,7 @@ from torch import nn
 from exporters.golden import GOLDEN_NAME, Golden
 from exporters.manifest import Manifest, utc_text
 from exporters.measured import NotMeasured
-from exporters.package import inspect_package, write_package
+from exporters.package import digest_folder, inspect_package, write_package
 from exporters.parity import COREML_FP16, COREML_FP32, ONNX_FP32, Parity, ParityLimits, measure_parity
 from exporters.run_coreml import best_coreml_runtime
 from exporters.run_onnx import OnnxRuntime
@@ -56,7 +56,7 @@ def tool_versions() -> dict[str, str]:
 def export_package(
     module: nn.Module, base: Base, identity: Identity, golden_images: np.ndarray, package: Path, progress: Progress
 ) -> Manifest:
-    """Write the unsigned package of a baked ``module``, unless it is there, made from the same adapter.
+    """Write the unsigned package of a baked ``module``, unless it is there, whole and made from the same adapter.
 
     ``golden_images``: uint8 N×C×H×W, of which the first few travel in the package with torch's logits.
     """
@@ -91,10 +91,11 @@ def _existing(package: Path, identity: Identity, base: Base) -> Manifest | None:
         return None
     try:
         manifest, _ = inspect_package(package)
+        whole = digest_folder(package) == dict(manifest.files)
     except PackageError:
         return None
     same = all(getattr(manifest, name) == value for name, value in vars(identity).items())
-    return manifest if same and manifest.base_digest == base.digest else None
+    return manifest if whole and same and manifest.base_digest == base.digest else None
 
 
 def parity_of(

@@ -40,6 +40,7 @@ from keys.identifiers import check_device_id
 from keys.signing import write_public_key
 
 BASE, GUESSED, UNKEYED = "base", "guessed-key", "un-keyed"
+FEW_VALUES = 12  # 12! = 4.8e8 permutations; 2×2 grey blocks have 24
 
 
 def provision(fleet: Fleet, command: str) -> Findings:
@@ -72,7 +73,8 @@ def open_fleet(
     architecture = read_architecture(settings.base)
     splits = load_splits(settings.data, architecture.contract, folder.cache, progress)
     base = load_base(settings.base, splits.labels, settings.seed)
-    block_size(base, settings.recipe)
+    if base.architecture.contract.channels * block_size(base, settings.recipe) ** 2 < FEW_VALUES:
+        progress.say(f"Warning: blocks of fewer than {FEW_VALUES} values have so few permutations that keys collide.")
     check_enough_images(release_rule(settings.release), settings.verification.images, len(splits.test))
     folder.settle(settings)
     log_to(folder.log)

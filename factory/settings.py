@@ -45,9 +45,9 @@ class BaseSettings(_Section):
 class TrainingSettings(_Section):
     """One training run: AdamW with linear warm-up and cosine decay."""
 
-    epochs: int = Field(default=3, ge=1)
+    epochs: int = Field(default=4, ge=1)
     batch_size: int = Field(default=64, ge=1)
-    learning_rate: float = Field(default=2e-3, gt=0)
+    learning_rate: float = Field(default=3e-3, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps with a rising learning rate")
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
@@ -152,7 +152,7 @@ def read_fleet_file(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(text) if path.suffix in {".yaml", ".yml"} else tomllib.loads(text)
     except FileNotFoundError as error:
         raise InputError(f"The fleet file {path} does not exist.") from error
-    except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"The fleet file {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"The fleet file {path} holds no table of settings.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 class KeyfoundryError(Exception):
-    """Base of all errors a user can cause; its text is meant to be shown as it is."""
+    """An error with no code of its own."""
 
     exit_code = 1
 

@@ -62,8 +62,10 @@ def tiny_vit(channels: int, size: int, **changes: object) -> nn.Module:
 
 MODELS = {
     "grey": lambda: tiny_vit(1, 28),
-    "grey, shuffle in the graph": lambda: Shuffled(tiny_vit(1, 28), 1, 14),
-    "RGB, shuffle of six axes": lambda: ShuffledBySixAxes(tiny_vit(3, 32, qk_norm=True, init_values=0.1), 3, 16),
+    "grey, shuffle in the graph": lambda: Shuffled(tiny_vit(1, 28, depth=1), 1, 14),
+    "RGB, shuffle of six axes": lambda: ShuffledBySixAxes(
+        tiny_vit(3, 32, depth=1, qk_norm=True, init_values=0.1), 3, 16
+    ),
 }
 
 

@@ -25,21 +25,25 @@ def pretrain_command(
     ] = None,
     image_size: Annotated[int, typer.Option(help="Input size in pixels.")] = 28,
     channels: Annotated[int, typer.Option(help="1 for grey, 3 for RGB.")] = 1,
-    epochs: Annotated[int, typer.Option()] = 30,
-    batch_size: Annotated[int, typer.Option()] = 256,
-    learning_rate: Annotated[float, typer.Option()] = 1e-3,
+    epochs: Annotated[int, typer.Option()] = 20,
+    batch_size: Annotated[int, typer.Option()] = 128,
+    learning_rate: Annotated[float, typer.Option()] = 7e-4,
     weight_decay: Annotated[float, typer.Option()] = 0.05,
     label_smoothing: Annotated[float, typer.Option()] = 0.1,
-    shift: Annotated[int, typer.Option(help="Largest random shift in pixels.")] = 2,
-    erase: Annotated[float, typer.Option(help="Probability of erasing a random rectangle.")] = 0.25,
+    shift: Annotated[int, typer.Option(help="Largest random shift in pixels.")] = 1,
+    erase: Annotated[float, typer.Option(help="Probability of erasing a random rectangle.")] = 0.1,
     validation: Annotated[int, typer.Option(help="Training images held out.")] = 5000,
     seed: Annotated[int, typer.Option()] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train a base from scratch; a killed run goes on from its last whole epoch.
 
-    Example: keyfoundry pretrain --data idx --data-root ../shared/data/fashion-mnist --model-arg depth=6
-    --model-arg patch_size=7 --out base.safetensors
+    \b
+    Examples:
+      keyfoundry pretrain --data idx --data-root ../shared/data/fashion-mnist \\
+        --model-arg depth=6 --model-arg patch_size=7 --out base.safetensors
+      keyfoundry pretrain --data '' --data-root ../shared/data/cifar10 --image-size 64 --channels 3 \\
+        --model-arg depth=6 --model-arg patch_size=16 --out cifar10.safetensors
     """
     from factory.base import contract_for, timm_architecture
     from factory.data import load_splits
