@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from keys.errors import InputError
 
@@ -35,12 +36,10 @@ class BlockShuffle(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Shuffle images N×C×H×W; H and W must be multiples of the block size."""
-        _, c, h, w = images.shape
-        m = self.block_size
-        blocks = images.reshape(-1, c, h // m, m, w // m, m).permute(0, 2, 4, 1, 3, 5)
-        blocks = blocks.reshape(-1, (h // m) * (w // m), c * m * m).index_select(2, self.permutation)
-        blocks = blocks.reshape(-1, h // m, w // m, c, m, m).permute(0, 3, 1, 4, 2, 5)
-        return blocks.reshape(-1, c, h, w)
+        # Unshuffling pixels lays each block's c·M·M values, in the order (c, y, x), along the channels; as one
+        # gather between two layout changes it also exports to three operators.
+        blocks = functional.pixel_unshuffle(images, self.block_size)
+        return functional.pixel_shuffle(blocks.index_select(1, self.permutation), self.block_size)
 
 
 def check_block_size(block_size: int, height: int, width: int) -> None:

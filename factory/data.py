@@ -15,6 +15,8 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +25,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import CenterCrop, Compose, Resize
 
 from exporters.contract import InputContract
 from factory.idx import find_idx, read_idx
@@ -126,18 +129,11 @@ def _load_idx(name: str, root: Path, settings: DataSettings, contract: InputCont
 
 
 def _fit(images: Tensor, contract: InputContract) -> Tensor:
-    """Grey uint8 N×H×W to uint8 N×C×H×W of the contract's size; the resize is the contract's bicubic one."""
+    """Grey uint8 N×H×W to uint8 N×C×H×W of the contract's size, by the contract's resize."""
     images = images[:, None]
     if images.shape[-2:] != (contract.height, contract.width):
-        size = (contract.height, contract.width)
-        chunks = [
-            torch.nn.functional.interpolate(chunk.float(), size, mode="bicubic", antialias=True)
-            .round()
-            .clamp(0, 255)
-            .byte()
-            for chunk in images.split(4096)
-        ]
-        images = torch.cat(chunks)
+        transform = _evaluation_transform(contract)
+        images = torch.cat([transform(chunk) for chunk in images.split(4096)])
     return images.expand(-1, contract.channels, -1, -1).contiguous()
 
 
@@ -189,13 +185,17 @@ def _open_dataset(settings: DataSettings, split: str) -> Any:
         return create_dataset(
             settings.name, root=None if root is None else str(root), split=split, download=settings.download, **options
         )
-    except (AssertionError, ImportError, RuntimeError, ValueError, OSError) as error:
+    except (AssertionError, ImportError, RuntimeError, ValueError, OSError, tarfile.TarError) as error:
         raise InputError(f"Data set {settings.name!r} at {root} cannot be opened: {error}") from error
 
 
 def _class_names(dataset: Any) -> tuple[str, ...]:
     reader = getattr(dataset, "reader", None)
-    mapping = getattr(reader, "class_to_idx", None) or getattr(dataset, "class_to_idx", None)
+    mapping = (
+        getattr(reader, "class_to_idx", None)
+        or getattr(reader, "class_name_to_idx", None)  # what timm's reader of tar files calls it
+        or getattr(dataset, "class_to_idx", None)
+    )
     if not mapping:
         raise InputError("The data set does not name its classes; use one that has class folders or class names.")
     return tuple(str(name) for name, _ in sorted(mapping.items(), key=lambda item: item[1]))
@@ -207,8 +207,8 @@ def _decode(
     """Decode one split into memory-mapped files under ``cache``, or open them if they are there."""
     dataset = _open_dataset(settings, split)
     names = _class_names(dataset)
-    made = settings.root.stat().st_mtime_ns if settings.root else 0
-    description = json.dumps([settings.name, str(settings.root), made, split, contract.to_json(), len(dataset)])
+    state = _state(settings.root, split) if settings.root else ""
+    description = json.dumps([settings.name, str(settings.root), state, split, contract.to_json(), len(dataset)])
     stem = cache / f"{split}-{hashlib.sha256(description.encode()).hexdigest()[:16]}"
     images_path, done_path = stem.with_suffix(".npy"), stem.with_suffix(".json")
     shape = (len(dataset), contract.channels, contract.height, contract.width)
@@ -239,9 +239,19 @@ def _decode(
     return Split(torch.from_numpy(mapped), kept, len(dataset) - len(kept)), names
 
 
+def _state(root: Path, split: str) -> str:
+    """Digest of the names, sizes and times of a split's files: decoded images are read back while these stay."""
+    places = [place for place in (root / f"{split}.tar", root / split, root) if place.exists()]
+    files = [places[0]] if places[0].is_file() else []
+    for folder, _, names in os.walk(places[0], followlinks=True):
+        files += [Path(folder, name) for name in names]
+    lines = [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}\n" for file in sorted(files)]
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
 def _load_image(dataset: Any, index: int, contract: InputContract, transform: Compose) -> tuple[np.ndarray, int] | None:
     """One decoded image uint8 C×H×W and its label, or None if it cannot be used."""
-    with contextlib.suppress(OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    with contextlib.suppress(OSError, SyntaxError, ValueError, Image.DecompressionBombError, tarfile.TarError):
         if hasattr(dataset, "reader"):  # ask timm's reader itself: its data set replaces bad images by others
             file, label, *_ = dataset.reader[index]
             image = file if isinstance(file, Image.Image) else Image.open(file)
