@@ -6,9 +6,11 @@ file alone is enough to rebuild the model; nothing is ever unpickled.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,7 @@ class Base:
             raise InputError(f"Base {self.architecture.name} has patches of {height}×{width}; they must be square.")
         return height
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 over the architecture and all weights: the base's name in manifests."""
         return weights_digest(self.vit, json.dumps(_to_json(self.architecture), sort_keys=True))
@@ -79,7 +81,7 @@ def build_vit(architecture: Architecture, *, pretrained: bool = False, seed: int
     """
     set_fused_attn(False)
     if not timm.is_model(architecture.name):
-        close = ", ".join(timm.list_models(f"*{architecture.name}*")[:3])
+        close = ", ".join(difflib.get_close_matches(architecture.name, timm.list_models()))
         raise InputError(
             f"Base {architecture.name!r} is neither 'shipped', nor a checkpoint file, nor a model timm knows"
             + (f" (close to it: {close})." if close else "; timm.list_models() lists the names.")
@@ -94,7 +96,9 @@ def build_vit(architecture: Architecture, *, pretrained: bool = False, seed: int
             f"Base {architecture.name!r} could not be created: {error} Where there is no network, give a checkpoint "
             "by path, or --random-weights for a dry run."
         ) from error
-    return checked_vit(architecture.name, model).eval()
+    vit = checked_vit(architecture.name, model).eval()
+    _check_input(architecture, vit)
+    return vit
 
 
 def checked_vit(name: str, model: nn.Module) -> VisionTransformer:
@@ -112,6 +116,21 @@ def checked_vit(name: str, model: nn.Module) -> VisionTransformer:
             "layer); the recipes here adapt exactly those layers."
         )
     return model
+
+
+def _check_input(architecture: Architecture, vit: VisionTransformer) -> None:
+    """Raise InputError unless the model takes the contract's images, every pixel of them."""
+    contract, projection = architecture.contract, vit.patch_embed.proj
+    size = (contract.height, contract.width)
+    if vit.patch_embed.img_size != size or projection.in_channels != contract.channels:
+        raise InputError(
+            f"Base {architecture.name!r} does not take {contract.channels}×{contract.height}×{contract.width} images."
+        )
+    if any(side % patch for side, patch in zip(size, vit.patch_embed.patch_size, strict=True)):
+        raise InputError(  # timm would leave out the last rows and columns
+            f"Patches of {projection.kernel_size[0]} pixels do not tile images of {contract.height}×{contract.width}; "
+            f"choose another size or patch for base {architecture.name!r}."
+        )
 
 
 def contract_for(channels: int, size: int) -> InputContract:
@@ -146,7 +165,9 @@ def read_architecture(settings: BaseSettings) -> Architecture:
     path = _checkpoint(settings)
     if path is not None:
         return read_checkpoint(path).architecture
-    return timm_architecture(settings.name, (), settings.image_size)
+    architecture = timm_architecture(settings.name, (), settings.image_size)
+    build_vit(architecture)  # refuses an unknown or unsupported name, before images are decoded at a guessed size
+    return architecture
 
 
 def load_base(settings: BaseSettings, labels: tuple[str, ...], seed: int) -> Base:
@@ -161,6 +182,13 @@ def load_base(settings: BaseSettings, labels: tuple[str, ...], seed: int) -> Bas
         known = base.architecture.labels
         if len(labels) != len(known):
             raise InputError(f"Base {settings.name} has {len(known)} classes, but the data set has {len(labels)}.")
+        unnamed = labels == tuple(map(str, range(len(labels))))
+        if labels != known and not unnamed:
+            differing = next((a, b) for a, b in zip(known, labels, strict=True) if a != b)
+            raise InputError(
+                f"Base {settings.name} and the data set name their classes differently: {differing[0]!r} and "
+                f"{differing[1]!r} stand in one place. Packages would carry wrong labels."
+            )
         return base
     architecture = timm_architecture(settings.name, labels, settings.image_size)
     return Base(architecture, build_vit(architecture, pretrained=not settings.random_weights, seed=seed))
@@ -194,7 +222,7 @@ def read_checkpoint(path: Path) -> Base:
             contract=InputContract.from_json(metadata["contract"]), labels=tuple(metadata["labels"]),
             arguments=metadata["arguments"],
         )  # fmt: skip
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, InputError) as error:
         raise InputError(f"{path} is not a base written by 'keyfoundry pretrain', or it is damaged: {error}") from error
     vit = build_vit(architecture)
     try:

@@ -18,6 +18,7 @@ import logging
 import os
 import tarfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,7 +35,7 @@ from factory.progress import Progress
 from factory.seeds import derive_seed
 from factory.settings import DataSettings
 from keys.errors import InputError
-from keys.files import write_atomic
+from keys.files import storage_errors, write_atomic
 
 SAMPLE = Path(__file__).parent / "assets" / "fashion-mnist-sample"
 FASHION_MNIST_LABELS = (
@@ -72,7 +73,7 @@ class Splits:
     test: Split
     labels: tuple[str, ...]
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 over all images and labels: names the data in evidence and cached results."""
         digest = hashlib.sha256()
@@ -112,6 +113,8 @@ def _load_idx(name: str, root: Path, settings: DataSettings, contract: InputCont
         pixels, classes = read_idx(images), read_idx(labels)
         if pixels.ndim != 3 or classes.ndim != 1 or len(pixels) != len(classes):
             raise InputError(f"{images} and {labels} do not hold as many images as labels.")
+        if len(classes) == 0:
+            raise InputError(f"{images} holds no images.")
         return _fit(torch.from_numpy(pixels), contract), torch.from_numpy(classes).long()
 
     train, test = pair("train"), pair("t10k")
@@ -120,7 +123,9 @@ def _load_idx(name: str, root: Path, settings: DataSettings, contract: InputCont
     order = _shuffled(len(test[1]), "test")
     shuffled_test = Split(test[0][order], test[1][order])
     classes = int(max(train[1].max(), test[1].max())) + 1
-    labels = FASHION_MNIST_LABELS if classes == 10 else tuple(str(i) for i in range(classes))
+    labels = FASHION_MNIST_LABELS if name == "sample" else (settings.labels or tuple(map(str, range(classes))))
+    if len(labels) != classes:
+        raise InputError(f"data.labels names {len(labels)} classes, but {root} has {classes}.")
     held_out = pair("validation")
     if held_out is not None:
         return Splits(name, Split(*train), Split(*held_out), shuffled_test, labels)
@@ -185,7 +190,7 @@ def _open_dataset(settings: DataSettings, split: str) -> Any:
         return create_dataset(
             settings.name, root=None if root is None else str(root), split=split, download=settings.download, **options
         )
-    except (AssertionError, ImportError, RuntimeError, ValueError, OSError, tarfile.TarError) as error:
+    except (AssertionError, ImportError, RuntimeError, ValueError, TypeError, OSError, tarfile.TarError) as error:
         raise InputError(f"Data set {settings.name!r} at {root} cannot be opened: {error}") from error
 
 
@@ -215,6 +220,9 @@ def _decode(
     if not done_path.is_file():
         cache.mkdir(parents=True, exist_ok=True)
         images = np.lib.format.open_memmap(images_path, mode="w+", dtype=np.uint8, shape=shape)
+        with storage_errors(images_path), images_path.open("r+b") as file:
+            # Reserved now: a disk that fills up under a memory map kills the process without a word.
+            os.posix_fallocate(file.fileno(), 0, images_path.stat().st_size)
         labels: list[int] = []
         transform = _evaluation_transform(contract)
         with progress.stage(f"decode {split} images", total=len(dataset), unit="images") as stage:
@@ -257,7 +265,8 @@ def _load_image(dataset: Any, index: int, contract: InputContract, transform: Co
             image = file if isinstance(file, Image.Image) else Image.open(file)
         else:
             image, label = dataset[index]
-        if image.mode.startswith(("I", "F")):  # 16 or 32 bits a channel: PIL would clip them to white
+        # 16 or 32 bits a channel: PIL would clip grey ones to white, and reads RGB ones as if they had 8.
+        if image.mode.startswith(("I", "F")) or any("16" in str(tile[-1]) for tile in getattr(image, "tile", ())):
             return None
         pixels = np.asarray(transform(image.convert("RGB" if contract.channels == 3 else "L")))
         return (pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]), int(cast(int, label))

@@ -6,6 +6,7 @@ nothing but their key. It is idempotent: a finished adapter is loaded, an unfini
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -13,12 +14,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from factory.adaptation import adapt, adapter_digest, load_adapter, save_adapter, trainable_parameters
 from factory.base import Base
 from factory.block_shuffle import BlockShuffle, check_block_size
 from factory.classifier import ImageClassifier
 from factory.data import Splits
 from factory.progress import Progress
+from factory.seeds import derive_seed
 from factory.settings import RecipeSettings
 from factory.train import Epoch, train
 from keys.derive import DeviceKey
@@ -73,6 +77,7 @@ def make_device_model(
     record, adapter = folder / "model.json", folder / "adapter"
     architecture = base.architecture
     finished = _read(record, made_from)
+    torch.manual_seed(derive_seed(seed, name, "initial adapter"))  # peft draws from the global generator
     vit = adapt(base.vit, recipe) if finished is None else load_adapter(base.vit, recipe, adapter)
     classifier = ImageClassifier(vit, architecture.mean, architecture.std, shuffle)
     if finished is None:
@@ -83,6 +88,8 @@ def make_device_model(
             "trainable_parameters": trainable_parameters(vit), "history": [asdict(epoch) for epoch in history],
         }  # fmt: skip
         write_atomic(record, json.dumps(finished, indent=1).encode())
+        for checkpoint in folder.glob("training-*.safetensors"):
+            checkpoint.unlink()
     elif adapter_digest(adapter) != finished["adapter_digest"]:
         raise InputError(f"The adapter in {adapter} was changed after training; delete {folder} to make it anew.")
     return DeviceModel(
@@ -111,7 +118,7 @@ def _fingerprint(base: Base, recipe: RecipeSettings, splits: Splits, identity: S
 
 def _read(record: Path, made_from: str) -> dict[str, Any] | None:
     """The record of a finished training from the same inputs, or None."""
-    if not record.is_file():
-        return None
-    values = json.loads(record.read_text())
-    return values if values["made_from"] == made_from else None
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no record, or a damaged one: train
+        values = json.loads(record.read_text())
+        return values if values["made_from"] == made_from else None
+    return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,13 +36,14 @@ class FleetFolder:
         self.public_key = root / "signing-key.pub"
         self.vault = root / "secrets" / "vault.json"
         self.passphrase = root / "secrets" / "passphrase"
+        self.devices = root / "devices"
         self.work = root / "work"
         self.log = root / "work" / "keyfoundry.log"
         self.cache = root / "work" / "data"
 
     def package(self, device_id: str) -> Path:
         """Where a device's package lies."""
-        return self.root / "devices" / device_id / "package"
+        return self.devices / device_id / "package"
 
     def model(self, name: str) -> Path:
         """Where a model's adapter and training state lie."""
@@ -55,9 +57,9 @@ class FleetFolder:
     def locked(self) -> Iterator[None]:
         """Hold the folder for one run; raises BusyError if another run has it."""
         with storage_errors(self.root):
-            for folder in (self.root, self.work, self.vault.parent):
-                folder.mkdir(parents=True, exist_ok=True)
-            for private in (self.root, self.work, self.vault.parent):
+            self.root.mkdir(parents=True, exist_ok=True)
+            for private in (self.work, self.vault.parent, self.devices):
+                private.mkdir(exist_ok=True)
                 private.chmod(0o700)  # the packages too: in clear, each one gives its device's key away
         lock = FileLock(self.work / "lock", timeout=0)
         try:
@@ -65,6 +67,8 @@ class FleetFolder:
         except Timeout as error:
             raise BusyError(f"Another run is working in {self.root}; wait for it or choose another --out.") from error
         try:
+            for left in self.devices.glob("*/.package.*.part"):  # what a killed run was writing
+                shutil.rmtree(left, ignore_errors=True)
             yield
         finally:
             lock.release()
@@ -72,10 +76,19 @@ class FleetFolder:
     def settle(self, settings: FleetSettings) -> None:
         """Write the resolved settings, or check that they are those that the folder was made with.
 
-        Raises InputError that names the first setting that differs; more devices may be asked for.
+        As long as no model was finished they may still change; afterwards, more devices may be asked for, and
+        nothing else. Raises InputError that names the first setting that differs.
         """
-        if self.settings.is_file():
-            before = self.stored_settings().model_dump(mode="json", exclude=set(_MAY_CHANGE))
+        if self.settings.is_file() and any(self.work.glob("models/*/model.json")):
+            stored = self.stored_settings()
+            dropped = [device_id for device_id in stored.device_ids if device_id not in settings.device_ids]
+            if dropped:
+                # A device that is in the field stays an attacker's source for all others.
+                raise InputError(
+                    f"Device {dropped[0]!r} belongs to the fleet in {self.root} and cannot be left out; name all "
+                    f"devices ({', '.join(stored.device_ids)}), or leave --devices out."
+                )
+            before = stored.model_dump(mode="json", exclude=set(_MAY_CHANGE))
             now = settings.model_dump(mode="json", exclude=set(_MAY_CHANGE))
             for name, old, new in _differences(before, now):
                 raise InputError(
@@ -100,6 +113,11 @@ class FleetFolder:
         The passphrase is the given file's, else the environment variable KEYFOUNDRY_PASSPHRASE, else that of
         ``secrets/passphrase``, which is generated for a new fleet so that nothing has to be asked.
         """
+        if self.public_key.exists() and not self.vault.exists():
+            raise SecretError(
+                f"{self.root} is a fleet, but its vault {self.vault} is missing; put it back. A new one would make "
+                "another fleet."
+            )
         if passphrase_file is not None:
             passphrase = read_passphrase_file(passphrase_file)
         elif PASSPHRASE_VARIABLE in os.environ:

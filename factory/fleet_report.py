@@ -36,10 +36,12 @@ from device_tests.report.render import Example, difference_times_ten
 from device_tests.threats import Threat
 from exporters.measured import NotMeasured
 from exporters.parity import Parity
+from factory.device_model import keyed_shuffle
 from factory.fleet import Findings, Fleet, Verdict
 from factory.packaging import tool_versions
 from factory.release import release_rule
 from factory.verification import attacks_of, strong_budget
+from keys.derive import fixed_guess
 
 RULE_REASONS = (
     "One test per device on the per-image worst case: testing every cell on its own would reject good devices by "
@@ -146,6 +148,16 @@ def _notes(findings: Findings) -> tuple[str, ...]:
         "rounded to 8 bits, and the exported ONNX file itself was judged.",
         "Query attacks on the target (T4) and colluding devices (T3) are not measured here.",
     ]
+    if len(findings.verdicts) == 1:
+        notes.append("The fleet has one device, so no attack from a sibling (T2) could be made; add one to measure it.")
+    notes.append(
+        "The keyed view of the examples is drawn with a public illustration key: one image beside its shuffled form "
+        "would give a device's permutation away."
+    )
+    earlier = {v.candidate.name: v.candidate.generation - 1 for v in findings.verdicts if v.candidate.generation > 1}
+    if earlier:
+        listed = ", ".join(f"{name} ({count})" for name, count in earlier.items())
+        notes.append(f"Earlier generations, each another try on the same test images: {listed}.")
     if findings.control.decision.released:
         notes.append(
             "The un-keyed control passes the rule. At these settings, the rule cannot tell a keyed device from an "
@@ -167,14 +179,14 @@ def report_examples(findings: Findings) -> tuple[Example, ...]:
         base_says = np.concatenate(
             [base.source.model(part.float() / 255).argmax(1).numpy() for part in torch.from_numpy(attacked).split(256)]
         )
+    # One clean image beside its shuffled form gives a permutation away, so the picture shows a public key's shuffle.
+    shuffle = keyed_shuffle(fleet.base, fleet.settings.recipe, fixed_guess("illustration"))
     examples = []
     for verdict in findings.verdicts:
         says = verdict.judgement.predictions[base.source.id, attack]
         fooling = verdict.judgement.correct & (base_says != verdict.judgement.labels)
         holds = np.flatnonzero(fooling & (says == verdict.judgement.labels))
         falls = np.flatnonzero(fooling & (says != verdict.judgement.labels))
-        shuffle = verdict.candidate.model.classifier.shuffle
-        assert shuffle is not None
         for index in [*holds[:1], *falls[:1]][:_EXAMPLES_PER_DEVICE]:
             before, after = clean.images[index], torch.from_numpy(attacked[index])
             examples.append(

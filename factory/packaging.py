@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -18,7 +19,7 @@ from exporters.golden import GOLDEN_NAME, Golden
 from exporters.manifest import Manifest, utc_text
 from exporters.measured import NotMeasured
 from exporters.package import digest_folder, inspect_package, write_package
-from exporters.parity import COREML_FP16, COREML_FP32, ONNX_FP32, Parity, ParityLimits, measure_parity
+from exporters.parity import COREML_FP16, COREML_FP32, ONNX_FP32, Parity, measure_parity
 from exporters.run_coreml import best_coreml_runtime
 from exporters.run_onnx import OnnxRuntime
 from exporters.run_torch import TorchRuntime
@@ -33,6 +34,7 @@ from keys.files import folder_being_written, write_atomic
 ONNX_NAME = "model.onnx"
 COREML_NAME = "model.mlpackage"
 COREML_FP32_NAME = "model-fp32.mlpackage"
+LIMITS = {"ONNX fp32": ONNX_FP32, "Core ML fp32": COREML_FP32, "Core ML fp16": COREML_FP16}
 _GOLDEN_IMAGES = 8
 TOOLS = ("keyfoundry", "torch", "timm", "peft", "onnx", "onnxruntime", "coremltools", "numpy", "cryptography")
 
@@ -104,23 +106,25 @@ def parity_of(
     """Compare every format of a package with torch on uint8 ``images``; cached in ``record`` by content."""
     manifest, _ = inspect_package(package)
     made_from = hashlib.sha256(
-        repr(sorted((name, entry.sha256) for name, entry in manifest.files.items())).encode() + images.tobytes()
+        repr([sorted((name, entry.sha256) for name, entry in manifest.files.items()), tool_versions(), LIMITS]).encode()
+        + platform.platform().encode()
+        + images.tobytes()
     ).hexdigest()
-    if record.is_file():
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no record, or a damaged one: measure
         stored = json.loads(record.read_text())
         if stored["made_from"] == made_from:
             return {name: Parity.from_json(value) for name, value in stored["parity"].items()}
-    candidates: dict[str, tuple[Runtime, ParityLimits]] = {
-        "ONNX fp32": (OnnxRuntime(package / ONNX_NAME), ONNX_FP32),
-        "Core ML fp32": (best_coreml_runtime(package / COREML_FP32_NAME), COREML_FP32),
-        "Core ML fp16": (best_coreml_runtime(package / COREML_NAME), COREML_FP16),
+    candidates: dict[str, Runtime] = {
+        "ONNX fp32": OnnxRuntime(package / ONNX_NAME),
+        "Core ML fp32": best_coreml_runtime(package / COREML_FP32_NAME),
+        "Core ML fp16": best_coreml_runtime(package / COREML_NAME),
     }
     measured: dict[str, Parity | NotMeasured] = {}
     reference = TorchRuntime(module)
     floats = images.astype(np.float32) / 255
     with progress.stage(f"parity {manifest.device_id}", total=len(candidates), unit="formats") as stage:
-        for name, (runtime, limits) in candidates.items():
-            measured[name] = measure_parity(reference, runtime, floats, limits)
+        for name, runtime in candidates.items():
+            measured[name] = measure_parity(reference, runtime, floats, LIMITS[name])
             stage.advance(note=name)
     values = {"made_from": made_from, "parity": {name: value.to_json() for name, value in measured.items()}}
     write_atomic(record, json.dumps(values).encode())

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from device_tests.accuracy import accuracy
 from device_tests.evidence import Proportion
+from device_tests.images import reachable_levels
 from device_tests.release_rule import decide
 from device_tests.report.render import write_report
 from device_tests.threats import Source, Threat
@@ -20,6 +21,7 @@ from device_tests.transfer import judge
 from exporters.run_onnx import OnnxRuntime
 from exporters.run_torch import TorchRuntime
 from factory.base import load_base, read_architecture
+from factory.block_shuffle import check_block_size
 from factory.classifier import ImageClassifier
 from factory.data import load_splits
 from factory.device_model import DeviceModel, block_size, make_device_model
@@ -33,7 +35,7 @@ from factory.registry import Registry
 from factory.release import check_enough_images, publish, release_rule
 from factory.seeds import derive_seed
 from factory.settings import FleetSettings
-from factory.verification import AttackedSource, attack_source, self_checks
+from factory.verification import AttackedSource, attack_source, self_checks, weak_sources
 from keys.derive import DeviceKey, fixed_guess
 from keys.errors import InputError
 from keys.identifiers import check_device_id
@@ -71,18 +73,21 @@ def open_fleet(
     if not settings.device_ids or len(set(settings.device_ids)) < len(settings.device_ids):
         raise InputError("A fleet needs one or more devices, each with its own id.")
     architecture = read_architecture(settings.base)
+    if settings.recipe.block_size:
+        check_block_size(settings.recipe.block_size, architecture.contract.height, architecture.contract.width)
     splits = load_splits(settings.data, architecture.contract, folder.cache, progress)
     base = load_base(settings.base, splits.labels, settings.seed)
     if base.architecture.contract.channels * block_size(base, settings.recipe) ** 2 < FEW_VALUES:
         progress.say(f"Warning: blocks of fewer than {FEW_VALUES} values have so few permutations that keys collide.")
     check_enough_images(release_rule(settings.release), settings.verification.images, len(splits.test))
+    reachable_levels(settings.verification.epsilon)
     folder.settle(settings)
     log_to(folder.log)
     vault = folder.open_vault(passphrase_file)
+    Registry(folder.registry).check_vault(vault.fleet_id, vault.devices())
     for device_id in settings.device_ids:
         vault.add_device(device_id)
     write_public_key(folder.public_key, vault.signing_key().public_bytes)
-    Registry(folder.registry)
     progress.say(f"Fleet {vault.fleet_id}: secrets lie in {folder.vault.parent} (keep them off the devices).")
     return Fleet(folder, settings, vault, base, splits, progress)
 
@@ -164,6 +169,7 @@ def judge_candidate(
         judgement = judge(
             runtime, candidate.name, attacked.images.numpy(), attacked.labels.numpy(),
             [source.adversarial for source in sources], self_checks(sources),
+            required=required_threats(fleet), weak=weak_sources(sources, clean),
         )  # fmt: skip
         stage.advance()
     decision = decide(
@@ -171,3 +177,9 @@ def judge_candidate(
         worst_fooled=judgement.worst_fooled,
     )  # fmt: skip
     return Verdict(candidate, clean, parity, judgement, decision)
+
+
+def required_threats(fleet: Fleet) -> tuple[Threat, ...]:
+    """The threats that must have been run: all that the rule counts, but no sibling where a device has none."""
+    alone = len(fleet.vault.devices()) == 1
+    return tuple(threat for threat in Threat if threat.in_rule and not (alone and threat is Threat.SIBLING_DEVICE))

@@ -14,6 +14,8 @@ from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeElaps
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
+from keys.files import storage_errors
+
 logger = logging.getLogger("keyfoundry")
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -108,10 +110,21 @@ class _Lines:
         )  # fmt: skip
 
 
+class _QuietHandler(logging.FileHandler):
+    """A log that cannot be written (a full disk) must not stop the work, nor print tracebacks over its error."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 – the name is the base class's
+        """Drop the line."""
+
+
 def log_to(path: Path) -> None:
     """Send the program's log to ``path`` (appended), with times; nothing secret is ever logged."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
+    for before in [known for known in logger.handlers if isinstance(known, logging.FileHandler)]:
+        logger.removeHandler(before)  # one log at a time: a second fleet in one process has its own
+        before.close()
+    with storage_errors(path):
+        handler = _QuietHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)

@@ -40,6 +40,10 @@ def evidence_of(fleet: Fleet, verdict: Verdict, base_clean: Proportion) -> dict[
     return {
         "data": {"name": fleet.splits.name, "sha256": fleet.splits.digest},
         "seed": fleet.settings.seed,
+        "siblings_attacked": len(fleet.settings.device_ids) - 1,
+        "earlier_generations": Registry(fleet.folder.registry).earlier_generations(
+            verdict.candidate.name, verdict.candidate.generation
+        ),
         "verification": fleet.settings.verification.model_dump(mode="json"),
         "base_accuracy": base_clean.to_json(),
         "accuracy": verdict.clean.to_json(),

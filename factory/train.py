@@ -107,6 +107,8 @@ def train(
             logger.info("%s epoch %d: %s", name, epoch + 1, finished)
             _save(checkpoint, parameters, optimizer, history)
     model.eval()
+    if not all(torch.isfinite(value).all() for value in parameters.values()):
+        raise InputError(f"The last step of {name} made weights that are not finite; lower the learning rate.")
     return history
 
 

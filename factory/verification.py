@@ -6,6 +6,7 @@ second run, or one more device, attacks only what is new.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,13 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
+from device_tests.accuracy import accuracy
 from device_tests.attacks.attack import Attack
 from device_tests.attacks.momentum import MomentumFGSM
 from device_tests.attacks.pgd import PGD
-from device_tests.evidence import SelfCheck
+from device_tests.evidence import Proportion, SelfCheck
 from device_tests.self_check import StrongBudget, StrongResult, run_strong, self_check, strong_key
 from device_tests.threats import Source
 from device_tests.transfer import AdversarialSet, adversarial_key, craft, read_adversarial, write_adversarial
+from exporters.run_torch import TorchRuntime
 from factory.progress import Progress
 from factory.settings import VerificationSettings
 from keys.files import write_atomic
@@ -30,15 +33,16 @@ class AttackedSource:
     """One source with the images that its attacks made, and whether those attacks are to be believed."""
 
     source: Source
+    clean: Proportion
     adversarial: AdversarialSet
     checks: tuple[SelfCheck, ...]
 
 
 def attacks_of(settings: VerificationSettings) -> tuple[Attack, ...]:
     """The attacks that are run on every source; add one here and it enters every worst case."""
-    # MI-FGSM with the paper's step (reach 1) falls more than five points behind AutoAttack's gradient attacks on the
-    # shipped base, and would not pass its self-check; with four times the step it passes (validation images).
-    return (PGD(steps=settings.pgd_steps), MomentumFGSM(steps=settings.momentum_steps, reach=4.0))
+    # MI-FGSM with small steps falls more than five points behind AutoAttack's gradient attacks on the shipped base and
+    # would not pass its self-check: reach 4 and 6 fail, 10 passes (80 validation images, ε = 8/255, 15 steps).
+    return (PGD(steps=settings.pgd_steps), MomentumFGSM(steps=settings.momentum_steps, reach=10.0))
 
 
 def strong_budget(settings: VerificationSettings) -> StrongBudget:
@@ -70,7 +74,8 @@ def attack_source(
         write_adversarial(path, adversarial)
     strong = _strong(source, images, labels, settings, seed=seed, path=cache / "self-check.json", progress=progress)
     checks = self_check(source, adversarial, labels, strong, settings.self_check_margin)
-    return AttackedSource(source, adversarial, checks)
+    clean = accuracy(TorchRuntime(source.model), images, labels)
+    return AttackedSource(source, clean, adversarial, checks)
 
 
 def _strong(
@@ -80,7 +85,7 @@ def _strong(
     budget = strong_budget(settings)
     arguments = (source, images, labels)
     key = strong_key(*arguments, epsilon=settings.epsilon, budget=budget, seed=seed)
-    if path.is_file():
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no record, or a damaged one: attack
         stored = StrongResult.from_json(json.loads(path.read_text()))
         if stored.key == key:
             return stored
@@ -89,6 +94,19 @@ def _strong(
         result = run_strong(*arguments, epsilon=settings.epsilon, budget=budget, seed=seed, progress=stage.advance)
     write_atomic(path, json.dumps(result.to_json()).encode())
     return result
+
+
+def weak_sources(attacked: Sequence[AttackedSource], target: Proportion) -> dict[str, str]:
+    """Sources that classify less than half as many images as the target, with the reason not to believe them.
+
+    The self-check looks only at images that a source gets right, so a source that hardly classifies would pass it
+    and make its threat look harmless.
+    """
+    return {
+        one.source.id: f"the source {one.source.id} classifies only {one.clean.value:.3f} of {one.clean.n} clean images"
+        for one in attacked
+        if one.clean.value < 0.5 * target.value
+    }
 
 
 def self_checks(attacked: Sequence[AttackedSource]) -> list[SelfCheck]:

@@ -105,10 +105,10 @@ data: {{name: idx, root: {data}, validation: 300}}
 base: {{name: {base}}}
 recipe:
   rank: 4
-  training: {{epochs: 1, batch_size: 100, precision: fp32}}
+  training: {{epochs: 1, batch_size: 50, shift: 0, flip: false, precision: fp32}}
 verification:
   epsilon: 0.016
-  images: 40
+  images: 60
   parity_images: 16
   pgd_steps: 2
   momentum_steps: 2
@@ -197,7 +197,7 @@ def tiny_base_path(tiny_splits: Splits, silent: Progress, tmp_path_factory: pyte
 
     path = tmp_path_factory.mktemp("base") / "tiny.safetensors"
     architecture = timm_architecture("vit_tiny_patch16_224", tiny_splits.labels, None, TINY_MODEL)
-    training = TrainingSettings(epochs=2, batch_size=50, learning_rate=3e-3, precision="fp32")
+    training = TrainingSettings(epochs=2, batch_size=25, learning_rate=3e-3, shift=0, flip=False, precision="fp32")
     pretrain(architecture, tiny_splits, training, seed=0, out=path, progress=silent)
     return path
 

@@ -70,8 +70,12 @@ def small(tiny_splits: Splits) -> Split:
 
 @pytest.fixture(scope="module", params=MODES)
 def trained(
-    request: pytest.FixtureRequest, tiny_base: Base, small: Split, silent: Progress, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[RecipeSettings, torch.nn.Module]:  # fmt: skip
+    request: pytest.FixtureRequest,
+    tiny_base: Base,
+    small: Split,
+    silent: Progress,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[RecipeSettings, torch.nn.Module]:
     """One epoch of each mode, in evaluation mode."""
     recipe = recipe_of(request.param)
     model = adapt(tiny_base.vit, recipe)

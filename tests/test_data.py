@@ -77,7 +77,9 @@ def hashes(split: Split) -> list[bytes]:
 def test_packed_idx_files_hold_the_same_images(
     idx_folder: Path, tiny_splits: Splits, tmp_path: Path, ending: str
 ) -> None:
-    packer: Callable[[bytes], bytes] = gzip.compress if ending == ".gz" else (lambda data: lzma.compress(data, preset=0))
+    packer: Callable[[bytes], bytes] = (
+        gzip.compress if ending == ".gz" else (lambda data: lzma.compress(data, preset=0))
+    )
     for file in idx_folder.iterdir():
         (tmp_path / f"{file.name}{ending}").write_bytes(packer(file.read_bytes()))
     assert load(tmp_path, tmp_path, name="idx", validation=300).digest == tiny_splits.digest
@@ -85,12 +87,19 @@ def test_packed_idx_files_hold_the_same_images(
 
 def test_idx_images_are_the_files_own(tiny_splits: Splits, sample_images: Images) -> None:
     assert (len(tiny_splits.train), len(tiny_splits.validation), len(tiny_splits.test)) == (1700, 300, 500)
-    assert tiny_splits.labels == FASHION_MNIST_LABELS
+    assert tiny_splits.labels == tuple("0123456789")
     assert tiny_splits.train.images.dtype == torch.uint8
     assert tiny_splits.train.images.shape == (1700, 1, 28, 28)
     by_hash = {hashlib.sha256(image.tobytes()).digest(): label for image, label in zip(*sample_images, strict=True)}
     for split in (tiny_splits.train, tiny_splits.validation, tiny_splits.test):
         assert [by_hash[one] for one in hashes(split)] == split.labels.tolist()
+
+
+def test_idx_classes_may_be_named(idx_folder: Path, tmp_path: Path) -> None:
+    named = load(idx_folder, tmp_path, name="idx", labels=FASHION_MNIST_LABELS)
+    assert named.labels == FASHION_MNIST_LABELS
+    with pytest.raises(InputError, match=r"data.labels names 3 classes, but .* has 10"):
+        load(idx_folder, tmp_path, name="idx", labels=CLASSES)
 
 
 def test_no_image_is_in_two_splits(tiny_splits: Splits) -> None:
@@ -353,7 +362,7 @@ def test_missing_folders_and_splits_are_named(image_folder: Path, tmp_path: Path
         load(tmp_path / "no-such", tmp_path)
     with pytest.raises(InputError, match="does not exist; give one with --data-root"):
         load(None, tmp_path)
-    with pytest.raises(InputError, match="holds neither a folder valid/ nor a file valid.tar"):
+    with pytest.raises(InputError, match="holds neither a folder valid/ nor a file valid"):
         load(image_folder, tmp_path, test_split="valid")
 
 
@@ -372,7 +381,7 @@ def test_an_empty_split_and_a_damaged_tar_are_refused(image_folder: Path, tmp_pa
 
 
 def test_an_unknown_torchvision_name_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="Data set 'torch/no-such' at .* cannot be opened"):
+    with pytest.raises(InputError, match=r"Data set 'torch/no-such' at .* cannot be opened"):
         load(tmp_path, tmp_path, name="torch/no-such")
 
 

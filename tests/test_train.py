@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from exporters.run_onnx import OnnxRuntime
+from factory.augment import augment
 from factory.base import timm_architecture
 from factory.data import Split, Splits
 from factory.pretrain import pretrain, write_model_card
@@ -56,7 +58,8 @@ folder = Path(sys.argv[1])
 data = load_file(folder / "data.safetensors")
 split = Split(data["images"], data["labels"])
 torch.manual_seed(1)
-model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 20), torch.nn.Dropout(0.2), torch.nn.Linear(20, 10))
+nn = torch.nn
+model = nn.Sequential(nn.Flatten(), nn.Linear(784, 20), nn.Dropout(0.2), nn.Linear(20, 10))
 train(model, split, split, TrainingSettings(epochs=3, batch_size=50), seed=4, name="a test",
       checkpoint=folder / "killed.safetensors", progress=Killer(quiet=True))
 """
@@ -67,7 +70,9 @@ def small_model() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(784, 20), nn.Dropout(0.2), nn.Linear(20, 10))
 
 
-def run(model: nn.Module, split: Split, checkpoint: Path, settings: TrainingSettings = SETTINGS, **extra: int) -> list[Epoch]:
+def run(
+    model: nn.Module, split: Split, checkpoint: Path, settings: TrainingSettings = SETTINGS, **extra: int
+) -> list[Epoch]:
     return train(
         model, split, split, settings, seed=extra.get("seed", 4), name="a test", checkpoint=checkpoint,
         progress=Progress(quiet=True),
@@ -86,8 +91,6 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 def test_a_run_killed_in_its_second_epoch_ends_with_the_same_weights(
     split: Split, tmp_path: Path, subprocess_environment: dict[str, str]
 ) -> None:
-    from safetensors.torch import save_file
-
     save_file({"images": split.images.contiguous(), "labels": split.labels.contiguous()}, tmp_path / "data.safetensors")
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, env=subprocess_environment, check=False,
@@ -179,8 +182,6 @@ def test_seeds_are_the_same_on_every_machine() -> None:
 
 
 def test_augmentation_shifts_by_whole_pixels_and_erases_rectangles(split: Split) -> None:
-    from factory.augment import augment
-
     def of(images: Tensor, **values: object) -> Tensor:
         settings = TrainingSettings.model_validate({"flip": False, "shift": 0, "erase": 0, **values})
         return augment(images, settings, torch.Generator().manual_seed(0))

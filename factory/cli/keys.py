@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from factory.cli.options import DEFAULT_OUT, Json, Out, PassphraseFile
+
+if TYPE_CHECKING:
+    from factory.fleet_folder import FleetFolder
 
 keys_app = typer.Typer(no_args_is_help=True, help="The fleet's vault: create it, list devices, rotate a device's key.")
 
@@ -67,9 +70,14 @@ def rotate_command(
     Example: keyfoundry keys rotate device-2
     """
     from factory.fleet_folder import FleetFolder
+    from factory.registry import Registry
 
-    with FleetFolder(out).locked():
+    folder = FleetFolder(out)
+    _check_exists(folder)
+    with folder.locked():
         generation = _open(out, passphrase_file).rotate(device_id)
+        if folder.registry.is_file():
+            Registry(folder.registry).supersede(device_id)
     if json_output:
         typer.echo(json.dumps({"device_id": device_id, "generation": generation}))
     else:
@@ -78,9 +86,14 @@ def rotate_command(
 
 def _open(out: Path, passphrase_file: Path | None):
     from factory.fleet_folder import FleetFolder
-    from keys.errors import SecretError
 
     folder = FleetFolder(out)
+    _check_exists(folder)
+    return folder.open_vault(passphrase_file)
+
+
+def _check_exists(folder: FleetFolder) -> None:
+    from keys.errors import SecretError
+
     if not folder.vault.exists():
         raise SecretError(f"There is no vault at {folder.vault}; create one with 'keyfoundry keys init'.")
-    return folder.open_vault(passphrase_file)

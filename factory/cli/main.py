@@ -16,6 +16,8 @@ from factory.cli.provision import provision_command
 from factory.cli.stages import export_command, finetune_command, report_command, verify_command
 from keys.errors import KeyfoundryError
 
+_INTERRUPTED = 130
+
 app = typer.Typer(
     name="keyfoundry",
     help="One secret key, one Vision Transformer, one device: provision, export and verify per-device models.",
@@ -62,9 +64,10 @@ def run() -> None:
             "install them with: pip install 'keyfoundry[factory]'\n"
         )
         sys.exit(KeyfoundryError.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("Interrupted. What was finished is kept; run the same command again to go on.\n")
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:  # typer turns Ctrl-C into this code without a word
+            sys.stderr.write("Interrupted. What was finished is kept; run the same command again to go on.\n")
+        raise
 
 
 if __name__ == "__main__":

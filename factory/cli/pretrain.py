@@ -33,6 +33,7 @@ def pretrain_command(
     shift: Annotated[int, typer.Option(help="Largest random shift in pixels.")] = 1,
     erase: Annotated[float, typer.Option(help="Probability of erasing a random rectangle.")] = 0.1,
     validation: Annotated[int, typer.Option(help="Training images held out.")] = 5000,
+    labels: Annotated[str | None, typer.Option(help="Class names, separated by commas, for IDX files.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -70,7 +71,11 @@ def pretrain_command(
          "label_smoothing": label_smoothing, "shift": shift, "erase": erase},
         "the options",
     )  # fmt: skip
-    settings = parse(DataSettings, {"name": data, "root": data_root, "validation": validation}, "the options")
+    settings = parse(
+        DataSettings,
+        {"name": data, "root": data_root, "validation": validation, "labels": labels and labels.split(",")},
+        "the options",
+    )
     splits = load_splits(settings, contract_for(channels, image_size), out.parent / "cache", progress)
     blueprint = timm_architecture(architecture, splits.labels, image_size, arguments)
     result = pretrain(blueprint, splits, training, seed=seed, out=out, progress=progress)

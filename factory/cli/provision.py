@@ -64,9 +64,11 @@ def provision_command(
         "recipe.training.epochs": epochs, "recipe.training.learning_rate": learning_rate,
         "verification.epsilon": epsilon, "verification.images": images, "seed": seed,
     }  # fmt: skip
-    values = read_fleet_file(config) if config is not None else {}
-    settings = parse(FleetSettings, merged(values, options), "the settings")
     folder = FleetFolder(out)
+    values = folder.stored_settings().model_dump(mode="json") if folder.settings.is_file() else {}
+    if config is not None:
+        values = read_fleet_file(config)
+    settings = parse(FleetSettings, merged(values, options), "the settings")
     progress = Progress(quiet=quiet)
     with folder.locked():
         fleet = open_fleet(folder, settings, progress, passphrase_file)
@@ -92,11 +94,11 @@ def fleet_table(findings: Findings) -> Any:
     from exporters.measured import NotMeasured
 
     counted = [threat for threat in Threat if threat.in_rule]
-    table = Table(title=f"Fleet {findings.fleet.vault.fleet_id}", caption=_caption(findings))
+    table = Table(title=_title(findings), caption=_caption(findings), show_lines=True)
     for heading in ("device", "clean accuracy", "parity", *(f"{t.code} fooled" for t in counted), "worst case"):
         table.add_column(heading)
     table.add_column("decision")
-    table.add_column("package", overflow="fold")
+    table.add_column("package", overflow="fold", min_width=24)
     for verdict in (*findings.verdicts, findings.control):
         control = verdict is findings.control
         results = {result.threat: result.fooled for result in verdict.judgement.threats}
@@ -105,7 +107,7 @@ def fleet_table(findings: Findings) -> Any:
         table.add_row(
             verdict.candidate.name + (" (control)" if control else ""),
             _figure(verdict.clean),
-            f"{sum(passed)} of {len(passed)} formats",
+            f"{sum(passed)} of {len(passed)}\nformats",
             *(_figure(results[threat]) if threat in results else "–" for threat in counted),
             _figure(verdict.judgement.worst_case),
             f"would be {decision}" if control else decision,
@@ -121,7 +123,12 @@ def _figure(value: Any) -> str:
     if isinstance(value, NotMeasured):
         return "not measured"
     low, high = value.interval
-    return f"{value.value:.3f} [{low:.3f}, {high:.3f}] n={value.n}"
+    return f"{value.value:.3f}\n{low:.3f}–{high:.3f}\nn={value.n}"
+
+
+def _title(findings: Findings) -> str:
+    released = sum(verdict.decision.released for verdict in findings.verdicts)
+    return f"Fleet {findings.fleet.vault.fleet_id}: {released} of {len(findings.verdicts)} devices released"
 
 
 def _caption(findings: Findings) -> str:

@@ -66,11 +66,16 @@ def finetune_command(
         rows = []
         for device_id in chosen(fleet, devices):
             model, generation = train_device(fleet, device_id)
-            rows.append({
-                "device_id": device_id, "generation": generation, "adapter": str(fleet.folder.model(device_id) / "adapter"),
-                "adapter_digest": model.adapter_digest, "trainable_parameters": model.trainable_parameters,
-                "validation_accuracy": model.history[-1].validation_accuracy,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "device_id": device_id,
+                    "generation": generation,
+                    "adapter": str(fleet.folder.model(device_id) / "adapter"),
+                    "adapter_digest": model.adapter_digest,
+                    "trainable_parameters": model.trainable_parameters,
+                    "validation_accuracy": model.history[-1].validation_accuracy,
+                }
+            )
     _print(rows, json_output)
 
 
@@ -134,7 +139,9 @@ def report_command(out: Out = DEFAULT_OUT, json_output: Json = False) -> None:
     except FileNotFoundError as error:
         raise InputError(f"There is no report in {out}; make one with 'keyfoundry provision --out {out}'.") from error
     except ValueError as error:
-        raise InputError(f"{path} is damaged or of another version: {error}") from error
+        raise InputError(
+            f"{path} is damaged or of another version; write it again with 'keyfoundry verify --out {out}'."
+        ) from error
     if json_output:
         typer.echo(document.to_bytes().decode())
         return
