@@ -112,8 +112,8 @@ class ReleaseSettings(_Section):
     def reasons(self) -> tuple[str, ...]:
         """Why the limits are what they are; printed in the report."""
         return (
-            f"Allowed accuracy drop {self.allowed_accuracy_drop:g}: what a key may cost the user of a device, in shares "
-            "of all images.",
+            f"Allowed accuracy drop {self.allowed_accuracy_drop:g}: the share of all images that a key may cost the "
+            "user of a device.",
             f"Acceptable fooling rate {self.acceptable_fooling:g}, unacceptable {self.unacceptable_fooling:g}. (The "
             "defaults, 0.25 and 0.35, are about half and two thirds of what an un-keyed device made by the default "
             "recipe suffers at ε = 8/255: 0.53 on validation images. A key that does not take away at least a third "

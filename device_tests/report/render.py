@@ -48,7 +48,8 @@ class Example:
     """One attacked image: what it was, what the device's model sees of it, what became of it.
 
     ``label``: the true class; ``predicted``: the class that the device gives to the adversarial image.
-    ``clean``, ``keyed`` (the clean image behind the device's block shuffle), ``adversarial`` and ``difference``
+    ``clean``, ``keyed`` (the clean image behind a block shuffle by a key that is no secret), ``adversarial`` and
+    ``difference``
     (:func:`difference_times_ten`): uint8 C×H×W of one shape, C = 1 or 3. Raises ``ValueError`` for anything else.
     """
 
