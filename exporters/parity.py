@@ -16,6 +16,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -71,7 +72,7 @@ class Parity:
         """Read what :meth:`to_json` wrote; raises ``ValueError`` for other fields or types."""
         kinds = {"runtime": str, "precision": str, "n": int, "passed": bool}
         fields = [field.name for field in dataclasses.fields(cls)]
-        values: dict = dict(value)
+        values: dict[str, Any] = dict(value)
         if sorted(values) != sorted(fields):
             raise ValueError(f"not a parity value: it has the fields {sorted(values)}")
         if values["max_relative_difference"] is None:

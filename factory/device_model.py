@@ -76,18 +76,19 @@ def make_device_model(
     made_from = _fingerprint(base, recipe, splits, identity, seed)
     record, adapter = folder / "model.json", folder / "adapter"
     architecture = base.architecture
-    finished = _read(record, made_from)
+    finished: dict[str, Any] | None = _read(record, made_from)
     torch.manual_seed(derive_seed(seed, name, "initial adapter"))  # peft draws from the global generator
     vit = adapt(base.vit, recipe) if finished is None else load_adapter(base.vit, recipe, adapter)
     classifier = ImageClassifier(vit, architecture.mean, architecture.std, shuffle)
     if finished is None:
         history = _fine_tune(classifier, recipe, splits, name, made_from, seed, folder, progress)
         save_adapter(vit, adapter)
-        finished = {
+        values: dict[str, Any] = {
             "made_from": made_from, "adapter_digest": adapter_digest(adapter), "seed": seed,
             "trainable_parameters": trainable_parameters(vit), "history": [asdict(epoch) for epoch in history],
         }  # fmt: skip
-        write_atomic(record, json.dumps(finished, indent=1).encode())
+        write_atomic(record, json.dumps(values, indent=1).encode())
+        finished = values
         for checkpoint in folder.glob("training-*.safetensors"):
             checkpoint.unlink()
     elif adapter_digest(adapter) != finished["adapter_digest"]:

@@ -105,10 +105,10 @@ data: {{name: idx, root: {data}, validation: 300}}
 base: {{name: {base}}}
 recipe:
   rank: 4
-  training: {{epochs: 1, batch_size: 50, shift: 0, flip: false, precision: fp32}}
+  training: {{epochs: 1, batch_size: 25, learning_rate: 0.01, shift: 0, flip: false, precision: fp32}}
 verification:
   epsilon: 0.016
-  images: 60
+  images: 100
   parity_images: 16
   pgd_steps: 2
   momentum_steps: 2

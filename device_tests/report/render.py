@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -49,8 +50,8 @@ class Example:
 
     ``label``: the true class; ``predicted``: the class that the device gives to the adversarial image.
     ``clean``, ``keyed`` (the clean image behind a block shuffle by a key that is no secret), ``adversarial`` and
-    ``difference``
-    (:func:`difference_times_ten`): uint8 C×H×W of one shape, C = 1 or 3. Raises ``ValueError`` for anything else.
+    ``difference`` (:func:`difference_times_ten`): uint8 C×H×W of one shape, C = 1 or 3. Raises ``ValueError`` for
+    anything else.
     """
 
     device_id: str
@@ -104,12 +105,14 @@ def render_html(document: ReportDocument, examples: Sequence[Example]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
+    filters: dict[str, Any] = environment.filters  # annotated with its built-in filters' own types
+    filters.update(
         percent=percent, interval=interval, points=points, count=count, duration=duration, image_uri=image_uri,
         heat_step=heat_step, size=_size_class, scientific=scientific,
     )  # fmt: skip
-    environment.tests["measured"] = lambda figure: isinstance(figure, Proportion)
-    environment.tests["compared"] = lambda parity: isinstance(parity, ParityReport)
+    tests: dict[str, Any] = environment.tests
+    tests["measured"] = lambda figure: isinstance(figure, Proportion)
+    tests["compared"] = lambda parity: isinstance(parity, ParityReport)
     style = (TEMPLATES / "report.css").read_text(encoding="utf-8") + _heat_css()
     page = environment.get_template("report.html.j2").render(
         document=document,

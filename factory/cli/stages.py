@@ -151,7 +151,7 @@ def report_command(out: Out = DEFAULT_OUT, json_output: Json = False) -> None:
         typer.echo(f"  {device.id}: {decision} {' '.join(device.decision.reasons)}".rstrip())
 
 
-def _print(rows: list[dict], json_output: bool) -> None:
+def _print(rows: list[dict[str, object]], json_output: bool) -> None:
     if json_output:
         typer.echo(json.dumps(rows))
         return
