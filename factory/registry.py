@@ -45,6 +45,8 @@ class Registry:
             with Session(self._engine) as session:
                 session.scalars(select(DeviceRow).limit(1)).all()
         except OperationalError as error:
+            if "no such" in str(error.orig):  # another program's database
+                raise InputError(f"{path} is not a registry of this program ({error.orig}).") from error
             raise StorageError(f"The registry {path} cannot be opened or written ({error.orig}).") from error
         except DatabaseError as error:
             raise InputError(f"{path} is not a registry of this program, or it is damaged.") from error
