@@ -62,5 +62,5 @@ def test_a_damaged_file_and_another_database_are_refused(tmp_path: Path) -> None
     with sqlite3.connect(tmp_path / "other") as connection:
         connection.execute("CREATE TABLE devices (name TEXT)")
     connection.close()
-    with pytest.raises(InputError, match="is not a registry of this program .*no such column"):
+    with pytest.raises(InputError, match=r"is not a registry of this program .*no such column"):
         Registry(tmp_path / "other")
