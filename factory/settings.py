@@ -52,7 +52,7 @@ class BaseSettings(_Section):
 class TrainingSettings(_Section):
     """One training run: AdamW with linear warm-up and cosine decay."""
 
-    epochs: int = Field(default=4, ge=1)
+    epochs: int = Field(default=3, ge=1)
     batch_size: int = Field(default=64, ge=1)
     learning_rate: float = Field(default=3e-3, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)

@@ -220,13 +220,18 @@ def tiny_settings(idx_folder: Path, tiny_base_path: Path, tmp_path_factory: pyte
 
 @pytest.fixture(scope="session")
 def subprocess_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """This process's environment with a compile cache, as many threads as here, and no model hub."""
-    import torch
-
+    """This process's environment with a compile cache, one thread as here, and no model hub."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     environment.setdefault("PYTHONPYCACHEPREFIX", str(tmp_path_factory.mktemp("pycache")))
-    # The same number of threads gives the same sums, bit for bit.
-    return environment | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
+    return environment | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """One thread everywhere: the same number of threads gives the same sums, bit for bit, in every process."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
