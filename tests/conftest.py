@@ -9,6 +9,7 @@ import contextlib
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -241,8 +242,10 @@ def start_keyfoundry(subprocess_environment: dict[str, str]) -> Callable[..., su
     def start(*arguments: object) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "factory.cli.main", *map(str, arguments)]
         return subprocess.Popen(
-            command, cwd=ROOT, env=subprocess_environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+            command, cwd=ROOT, env=subprocess_environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            # A shell's background job ignores SIGINT, and so would every process below it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )  # fmt: skip
 
     return start
 

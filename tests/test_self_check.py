@@ -83,7 +83,7 @@ def test_pgd_passes_and_an_idle_attack_does_not(source: Source) -> None:
     images, labels = blobs(90)
     result = strong(source)
     made = craft(source, [PGD(), Idle()], images, labels, epsilon=EPSILON, seed=0)
-    pgd, idle = self_check(source, made, labels, result)
+    idle, pgd = self_check(source, made, labels, result)
     assert isinstance(pgd.strong_success, Proportion)
     assert pgd.strong_success.n == 60
     assert pgd.strong_success.value > 0.3
