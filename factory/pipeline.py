@@ -127,11 +127,9 @@ def make_candidate(fleet: Fleet, name: str) -> Candidate:
 
 def attack_sources(fleet: Fleet, devices: Sequence[Candidate], control: Candidate) -> list[AttackedSource]:
     """Attack the public base, a guessed key's model, every device, and the un-keyed control; each once."""
-    architecture = fleet.base.architecture
-    public = ImageClassifier(fleet.base.vit, architecture.mean, architecture.std)
     guessed = train_model(fleet, GUESSED, fixed_guess(GUESSED), [GUESSED])
     sources = [
-        Source(BASE, Threat.PUBLIC_BASE, public, "the public base"),
+        Source(BASE, Threat.PUBLIC_BASE, public_base(fleet), "the public base"),
         Source(GUESSED, Threat.GUESSED_KEY, bake(guessed.classifier), "the same recipe with a guessed key"),
         *(Source(device.name, Threat.SIBLING_DEVICE, device.baked, f"extracted {device.name}") for device in devices),
         Source(UNKEYED, Threat.UNKEYED_CONTROL, control.baked, "the same recipe without a key"),
@@ -146,11 +144,15 @@ def attack_sources(fleet: Fleet, devices: Sequence[Candidate], control: Candidat
     ]  # fmt: skip
 
 
+def public_base(fleet: Fleet) -> ImageClassifier:
+    """The base as anyone can have it: images in [0, 1] to logits, with no key."""
+    return ImageClassifier(fleet.base.vit, fleet.base.architecture.mean, fleet.base.architecture.std)
+
+
 def base_accuracy(fleet: Fleet) -> Proportion:
     """The public base's accuracy on all test images."""
-    architecture, test = fleet.base.architecture, fleet.splits.test
-    model = ImageClassifier(fleet.base.vit, architecture.mean, architecture.std)
-    return accuracy(TorchRuntime(model), test.images.numpy(), test.labels.numpy())
+    test = fleet.splits.test
+    return accuracy(TorchRuntime(public_base(fleet)), test.images.numpy(), test.labels.numpy())
 
 
 def judge_candidate(
