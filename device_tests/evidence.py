@@ -15,9 +15,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from device_tests.perturbation import Perturbation
 from device_tests.statistics import wilson_interval
 from device_tests.threats import Threat
 from exporters.measured import NotMeasured
+from keys.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def measured_from_json(value: Mapping[str, Any]) -> Measured:
 
 @dataclass(frozen=True)
 class TransferCell:
-    """One attack, made on ``source`` within L∞ radius ``epsilon`` (on [0, 1]), evaluated on ``target``.
+    """One attack, made on ``source`` within ``perturbation``, evaluated on ``target``.
 
     ``fooled``: fooling rate, among the images that the target gets right when clean. ``threat`` is what the
     source is to this target: ``TARGET_ITSELF`` where they are one model.
@@ -81,7 +83,7 @@ class TransferCell:
     threat: Threat
     attack: str
     target: str
-    epsilon: float
+    perturbation: Perturbation
     fooled: Measured
 
     def to_json(self) -> dict[str, Any]:
@@ -91,20 +93,20 @@ class TransferCell:
             "threat": self.threat.code,
             "attack": self.attack,
             "target": self.target,
-            "epsilon": self.epsilon,
+            "perturbation": self.perturbation.code,
             "fooled": self.fooled.to_json(),
         }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> TransferCell:
         """Read what :meth:`to_json` wrote; raises ``ValueError`` for anything else."""
-        _require(value, "source", "threat", "attack", "target", "epsilon", "fooled")
+        _require(value, "source", "threat", "attack", "target", "perturbation", "fooled")
         return cls(
             str(value["source"]),
             Threat.from_code(value["threat"]),
             str(value["attack"]),
             str(value["target"]),
-            float(value["epsilon"]),
+            _perturbation(value["perturbation"]),
             measured_from_json(value["fooled"]),
         )
 
@@ -194,6 +196,13 @@ class SelfCheck:
 def _require(value: Mapping[str, Any], *names: str) -> None:
     if set(value) != set(names):
         raise ValueError(f"expected the fields {sorted(names)}, got {sorted(value)}")
+
+
+def _perturbation(value: Any) -> Perturbation:
+    try:
+        return Perturbation.parse(value)
+    except (InputError, AttributeError) as error:
+        raise ValueError(str(error)) from error
 
 
 def _integer(value: Any) -> int:

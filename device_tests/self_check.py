@@ -20,10 +20,11 @@ from torch import nn
 from device_tests.accuracy import predict
 from device_tests.attacks.attack import Progress
 from device_tests.attacks.gradients import at_rest, batches
+from device_tests.crafting import AdversarialSet, content_key
 from device_tests.evidence import Measured, Proportion, SelfCheck
-from device_tests.images import from_8bit, reachable_levels
+from device_tests.images import from_8bit
+from device_tests.perturbation import Norm, Perturbation
 from device_tests.threats import Source
-from device_tests.transfer import AdversarialSet, content_key
 from exporters.measured import NotMeasured
 from exporters.run_torch import TorchRuntime
 
@@ -99,10 +100,16 @@ class StrongResult:
 
 
 def strong_key(
-    source: Source, images: np.ndarray, labels: np.ndarray, *, epsilon: float, budget: StrongBudget, seed: int
+    source: Source,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    perturbation: Perturbation,
+    budget: StrongBudget,
+    seed: int,
 ) -> str:
     """Return the key of what :func:`run_strong` returns for the same arguments."""
-    return content_key(source.model, images, labels, "strong", source.id, epsilon, budget, seed)
+    return content_key(source.model, images, labels, "strong", perturbation.code, budget, seed)
 
 
 def run_strong(
@@ -110,20 +117,19 @@ def run_strong(
     images: np.ndarray,
     labels: np.ndarray,
     *,
-    epsilon: float,
+    perturbation: Perturbation,
     budget: StrongBudget,
     seed: int,
     progress: Progress | None = None,
 ) -> StrongResult:
     """Attack the first ``budget.images`` images that the source gets right, as hard as the budget allows.
 
-    ``images``: uint8 N×C×H×W; ``labels``: integers N; ``epsilon``: L∞ radius on [0, 1], of which the whole levels
-    are used, as everywhere. ``progress`` hears of every image's gradient; at most
-    images · (steps + 1) · (1 + targets) of them. The global random state is left as it was.
+    ``images``: uint8 N×C×H×W; ``labels``: integers N; ``perturbation``: an L∞ or L2 ball (else ``ValueError``).
+    ``progress`` hears of every image's gradient; at most images · (steps + 1) · (1 + targets) of them. The global
+    random state is left as it was.
     """
     model = source.model
-    key = strong_key(source, images, labels, epsilon=epsilon, budget=budget, seed=seed)
-    radius = reachable_levels(epsilon) / 255
+    key = strong_key(source, images, labels, perturbation=perturbation, budget=budget, seed=seed)
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     right = np.flatnonzero(_predict(model, images) == labels)[: budget.images]
     clean = torch.from_numpy(from_8bit(images[right])).to(device)
@@ -137,7 +143,7 @@ def run_strong(
     standing = np.ones(len(right), dtype=bool)
     with at_rest(model), torch.no_grad(), torch.random.fork_rng(enabled=True):
         classes = int(model(torch.from_numpy(from_8bit(images[:1])).to(device)).shape[1])
-        for attack in _attacks(counted, budget, classes, radius, seed, device):
+        for attack in _attacks(counted, budget, classes, perturbation, seed, device):
             left = np.flatnonzero(standing)
             for part in batches(clean[left]):
                 chosen = torch.from_numpy(left[part]).to(device)
@@ -193,14 +199,18 @@ def _attacks(
     model: Callable[[torch.Tensor], torch.Tensor],
     budget: StrongBudget,
     classes: int,
-    radius: float,
+    perturbation: Perturbation,
     seed: int,
     device: torch.device,
 ) -> list[APGDAttack]:
     # The attacks themselves and not the package's AutoAttack class: that fixes 100 steps and switches off any
     # tracing (coverage, debuggers) while it inspects the model.
+    norms = {Norm.LINF: "Linf", Norm.L2: "L2"}
+    if perturbation.norm not in norms:
+        raise ValueError(f"the strong attack knows no {perturbation}")
     shared: dict[str, Any] = {
-        "n_iter": budget.steps, "eps": radius, "seed": seed, "device": device, "logger": _log,
+        "n_iter": budget.steps, "norm": norms[perturbation.norm], "eps": perturbation.radius, "seed": seed,
+        "device": device, "logger": _log,
     }  # fmt: skip
     attacks = [APGDAttack(model, loss="ce", **shared)]
     if classes >= 4:

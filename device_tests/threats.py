@@ -26,6 +26,12 @@ class Threat(Enum):
     PUBLIC_BASE = ("T0", "The attacker holds the public base and nothing else.", True)
     GUESSED_KEY = ("T1", "The attacker trains a device of its own by the same recipe with a guessed key.", True)
     SIBLING_DEVICE = ("T2", "The attacker has extracted another device of the same fleet.", True)
+    COLLUDING_DEVICES = (
+        "T3",
+        "The attacker has extracted several devices of the same fleet and attacks all of them and the base at once.",
+        False,
+    )
+    QUERIES = ("T4", "The attacker asks the target for labels or scores, again and again.", False)
     UNKEYED_CONTROL = (
         "control",
         "Not an attacker but a control: the same recipe without a key shows what retraining alone changes.",
@@ -47,8 +53,11 @@ class Threat(Enum):
         raise ValueError(f"no threat has the code {code!r}")
 
     def on(self, source: str, target: str) -> Threat:
-        """Return the threat that a source of this kind is to a target: itself where the two are one model."""
-        return Threat.TARGET_ITSELF if source == target else self
+        """Return the threat that a source of this kind is to a target.
+
+        A sibling is the target itself where the two are one model; queries stay queries.
+        """
+        return Threat.TARGET_ITSELF if source == target and self is not Threat.QUERIES else self
 
 
 @dataclass(frozen=True)
@@ -56,10 +65,16 @@ class Source:
     """A model that attacks are made on.
 
     ``id``: unique within a fleet; a sibling's is its device id. ``model``: float32 N×C×H×W in [0, 1] → logits
-    N×K, differentiable in its input; one module, which may be an ensemble. ``description``: for the report.
+    N×K, differentiable in its input (except for queries); one module, which may be an ensemble. ``description``: for
+    the report. ``targets``: ids of the models that it is judged on; ``None``: all.
     """
 
     id: str
     threat: Threat
     model: nn.Module
     description: str
+    targets: tuple[str, ...] | None = None
+
+    def is_judged_on(self, target: str) -> bool:
+        """Whether what is made on this source is judged on this target."""
+        return self.targets is None or target in self.targets

@@ -7,129 +7,20 @@ A source is believed only if one of its attacks passed its self-check; what is n
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
-from torch import nn
 
 from device_tests.accuracy import predict
-from device_tests.attacks.attack import Attack, Progress
+from device_tests.crafting import AdversarialSet
 from device_tests.evidence import Measured, Proportion, SelfCheck, ThreatResult, TransferCell
-from device_tests.images import from_8bit, reachable_levels, to_8bit
-from device_tests.threats import Source, Threat
+from device_tests.perturbation import Norm
+from device_tests.threats import Threat
 from exporters.measured import NotMeasured
 from exporters.runtime import Runtime
-from keys.files import write_atomic
 
 RULE_THREATS = tuple(threat for threat in Threat if threat.in_rule)
-
-
-@dataclass(frozen=True, eq=False)
-class AdversarialSet:
-    """What all attacks proposed on one source: attack name → uint8 images N×C×H×W, in the clean images' order.
-
-    ``epsilon``: L∞ radius on [0, 1]; every image lies within floor(ε·255) levels of its clean image. ``key``:
-    content digest of everything the images depend on (:func:`adversarial_key`).
-    """
-
-    source: str
-    threat: Threat
-    epsilon: float
-    key: str
-    images: Mapping[str, np.ndarray]
-
-
-def content_key(model: nn.Module, images: np.ndarray, labels: np.ndarray, *settings: object) -> str:
-    """SHA-256 (64 hex digits) over a model, 8-bit images, their labels, and settings by their text.
-
-    The model counts by its printed structure and by every parameter and buffer, saved or not; a model whose
-    function depends on anything else (a plain attribute) must register it as a buffer.
-    """
-    digest = hashlib.sha256(repr([str(setting) for setting in settings]).encode())
-    digest.update(str(model).encode())
-    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
-        digest.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    for array in (images, labels.astype(np.int64)):
-        digest.update(f"\0{array.dtype} {array.shape}\0".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
-
-
-def adversarial_key(
-    source: Source,
-    attacks: Sequence[Attack],
-    images: np.ndarray,
-    labels: np.ndarray,
-    *,
-    epsilon: float,
-    seed: int,
-) -> str:
-    """Return the key of what :func:`craft` returns for the same arguments."""
-    budgets = [f"{attack.name}: {attack.description}" for attack in attacks]
-    identity = ("adversarial", source.id, source.threat.code, epsilon, seed)
-    return content_key(source.model, images, labels, *identity, *budgets)
-
-
-def craft(
-    source: Source,
-    attacks: Sequence[Attack],
-    images: np.ndarray,
-    labels: np.ndarray,
-    *,
-    epsilon: float,
-    seed: int,
-    progress: Progress | None = None,
-) -> AdversarialSet:
-    """Run every attack on the source and round what it proposes to 8 bits, inside the ball.
-
-    ``images``: uint8 N×C×H×W; ``labels``: integers N; ``epsilon``: L∞ radius on [0, 1], of which the whole levels
-    are used. ``progress`` hears of len(images) · Σ ``gradients_per_image`` gradients in all.
-    Raises :class:`InputError` if ε reaches no level or an attack's values are not finite.
-    """
-    key = adversarial_key(source, attacks, images, labels, epsilon=epsilon, seed=seed)
-    radius = reachable_levels(epsilon) / 255
-    device = next((tensor.device for tensor in source.model.parameters()), torch.device("cpu"))
-    clean = torch.from_numpy(from_8bit(images)).to(device)
-    truth = torch.from_numpy(labels.astype(np.int64)).to(device)
-    proposed: dict[str, np.ndarray] = {}
-    for attack in sorted(attacks, key=lambda attack: attack.name):  # the order in which a stored set is read back
-        candidates = attack.generate(source.model, clean, truth, epsilon=radius, seed=seed, progress=progress)
-        proposed[attack.name] = to_8bit(candidates.detach().cpu().numpy(), images, epsilon)
-    return AdversarialSet(source.id, source.threat, epsilon, key, proposed)
-
-
-def write_adversarial(path: Path, adversarial: AdversarialSet) -> None:
-    """Write a set as safetensors, whole or not at all."""
-    metadata = {
-        "key": adversarial.key,
-        "source": adversarial.source,
-        "threat": adversarial.threat.code,
-        "epsilon": repr(adversarial.epsilon),
-    }
-    write_atomic(path, save(dict(adversarial.images), metadata=metadata))
-
-
-def read_adversarial(path: Path, key: str) -> AdversarialSet | None:
-    """Read the set under ``path`` if it has this key; ``None`` if there is none, it is damaged, or of another key."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="numpy") as stored:
-            metadata = stored.metadata() or {}
-            if metadata.get("key") != key:
-                return None
-            images = {name: stored.get_tensor(name) for name in sorted(stored.keys())}
-    except SafetensorError:
-        return None
-    threat = Threat.from_code(metadata["threat"])
-    return AdversarialSet(metadata["source"], threat, float(metadata["epsilon"]), key, images)
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,13 +99,18 @@ def judge(
         threat = made.threat.on(made.source, target_id)
         by_threat.setdefault(threat, []).append(made.source)
         doubt = (weak or {}).get(made.source) or _doubt(made, checks)
+        if doubt is None and made.failures:
+            # The attack that broke might have been the strongest: what the others did is no worst case.
+            doubts[made.source] = "; ".join(made.failures.values())
         if doubt is not None:
             doubts[made.source] = doubt
         for attack, attacked in made.images.items():
             predictions[made.source, attack] = predict(target, attacked)
             fooled = (predictions[made.source, attack] != truth)[correct]
             rate = _share(fooled) if doubt is None else NotMeasured(doubt)
-            cells.append(TransferCell(made.source, threat, attack, target_id, made.epsilon, rate))
+            cells.append(TransferCell(made.source, threat, attack, target_id, made.perturbation, rate))
+        for attack, reason in made.failures.items():
+            cells.append(TransferCell(made.source, threat, attack, target_id, made.perturbation, NotMeasured(reason)))
 
     def worst(sources: Collection[str]) -> np.ndarray:
         wrong = [predicted != truth for (source, _), predicted in predictions.items() if source in sources]
@@ -257,7 +153,13 @@ def _share(fooled: np.ndarray) -> Measured:
 
 
 def _doubt(made: AdversarialSet, checks: Sequence[SelfCheck]) -> str | None:
-    """Why a source is not believed; ``None`` if one of its attacks passed its self-check."""
+    """Why a source is not believed; ``None`` if one of its attacks passed its self-check.
+
+    Queries need none (the target's own answers are their success), nor do single pixels and patches, which have no
+    strong reference attack: the grey patch is their control.
+    """
+    if made.threat is Threat.QUERIES or made.perturbation.norm in (Norm.L0, Norm.PATCH):
+        return None
     own = [check for check in checks if check.source == made.source and check.attack in made.images]
     if any(check.passed for check in own):
         return None
@@ -277,14 +179,13 @@ def _doubt(made: AdversarialSet, checks: Sequence[SelfCheck]) -> str | None:
 def _check_sets(adversarial: Sequence[AdversarialSet], images: np.ndarray) -> None:
     if len(adversarial) != len({made.source for made in adversarial}):
         raise ValueError("a source occurs twice among the adversarial sets")
-    if len({made.epsilon for made in adversarial}) > 1:
-        raise ValueError("the adversarial sets were made with different radii")
+    if len({made.perturbation for made in adversarial}) > 1:
+        raise ValueError("the adversarial sets were made for different perturbations")
     for made in adversarial:
-        if not made.images:
+        if not made.images and not made.failures:
             raise ValueError(f"no attack was run on {made.source}")
-        levels = reachable_levels(made.epsilon)
         for attack, attacked in made.images.items():
             if attacked.shape != images.shape or attacked.dtype != np.uint8:
                 raise ValueError(f"{attack} on {made.source} has {attacked.dtype} images {attacked.shape}")
-            if np.abs(attacked.astype(np.int16) - images.astype(np.int16)).max(initial=0) > levels:
+            if not made.perturbation.contains(attacked, images).all():
                 raise ValueError(f"{attack} on {made.source} was not made from these images")

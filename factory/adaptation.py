@@ -20,19 +20,28 @@ from factory.settings import RecipeSettings
 from keys.errors import InputError
 from keys.files import folder_being_written, sha256_file, write_atomic
 
-_ADAPTED = r"(.*\.)?(patch_embed\.proj|attn\.qkv)"
+_QKV = r"(.*\.)?attn\.qkv"
+_PATCH_EMBEDDING_AND_QKV = r"(.*\.)?(patch_embed\.proj|attn\.qkv)"
 _WEIGHTS = "adapter_model.safetensors"
 
 
 def adapt(vit: VisionTransformer, recipe: RecipeSettings) -> nn.Module:
-    """A copy of ``vit`` in which exactly the recipe's parameters require gradients."""
+    """A copy of ``vit`` in which exactly the recipe's parameters require gradients.
+
+    A re-initialised patch embedding is drawn from torch's global generator, and trained in full.
+    """
     model = copy.deepcopy(vit)
+    if recipe.reinitialise_patch_embedding:
+        projection = model.patch_embed.proj
+        assert isinstance(projection, nn.Conv2d)
+        projection.reset_parameters()
     if recipe.adaptation == "lora":
         return get_peft_model(
             model,  # type: ignore[arg-type] – peft takes any module, its annotation says transformers' only
             LoraConfig(
                 r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout,  # type: ignore[arg-type]
-                target_modules=_ADAPTED, modules_to_save=["head"],
+                target_modules=_QKV if recipe.reinitialise_patch_embedding else _PATCH_EMBEDDING_AND_QKV,
+                modules_to_save=["head", "patch_embed.proj"] if recipe.reinitialise_patch_embedding else ["head"],
             ),
         )  # fmt: skip
     for name, parameter in model.named_parameters():

@@ -15,6 +15,7 @@ from exporters.parity import Parity
 from factory.base import Base
 from factory.data import Splits
 from factory.device_model import DeviceModel
+from factory.examination import Examination
 from factory.fleet_folder import FleetFolder
 from factory.progress import Progress
 from factory.settings import FleetSettings
@@ -53,6 +54,7 @@ class Verdict:
     clean: Proportion
     parity: dict[str, Parity | NotMeasured]
     judgement: TargetJudgement
+    examination: Examination
     decision: Decision
 
 
@@ -64,5 +66,5 @@ class Findings:
     base_clean: Proportion
     sources: tuple[AttackedSource, ...]
     verdicts: tuple[Verdict, ...]
-    control: Verdict
+    controls: tuple[Verdict, ...]
     seconds: dict[str, float]

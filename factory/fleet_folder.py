@@ -23,7 +23,8 @@ from keys.vault import Vault, create_vault, generate_passphrase_file, open_vault
 
 PASSPHRASE_VARIABLE = "KEYFOUNDRY_PASSPHRASE"
 # What may differ between runs in one folder: everything else would make devices that cannot be compared.
-_MAY_CHANGE = ("devices",)
+# How hard the devices are attacked changes no device: a report says what it was made with.
+_MAY_CHANGE = ("devices", "verification")
 
 
 class FleetFolder:
@@ -40,6 +41,7 @@ class FleetFolder:
         self.work = root / "work"
         self.log = root / "work" / "keyfoundry.log"
         self.cache = root / "work" / "data"
+        self.attacks = root / "work" / "attacks"
 
     def package(self, device_id: str) -> Path:
         """Where a device's package lies."""
@@ -48,10 +50,6 @@ class FleetFolder:
     def model(self, name: str) -> Path:
         """Where a model's adapter and training state lie."""
         return self.work / "models" / name
-
-    def attacks(self, source: str) -> Path:
-        """Where the cached attacks on one source lie."""
-        return self.work / "attacks" / source
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -27,8 +27,11 @@ from device_tests.report.document import (
     SourceReport,
     TargetReport,
     VerificationReport,
+    by_class_of,
     by_source_of,
+    canaries_report,
     cells_of,
+    formats_of,
     now,
     threats_of,
 )
@@ -40,7 +43,7 @@ from factory.device_model import keyed_shuffle
 from factory.fleet import Findings, Fleet, Verdict
 from factory.packaging import tool_versions
 from factory.release import release_rule
-from factory.verification import attacks_of, strong_budget
+from factory.verification import AttackedSource, attacks_of, strong_budget
 from keys.derive import fixed_guess
 
 RULE_REASONS = (
@@ -56,7 +59,7 @@ def report_document(findings: Findings, command: str) -> ReportDocument:
     """Everything measured, as the document behind report.json and report.html."""
     fleet = findings.fleet
     verification, splits = fleet.settings.verification, fleet.splits
-    verdicts = [*findings.verdicts, findings.control]
+    verdicts = [*findings.verdicts, *findings.controls]
     return ReportDocument(
         schema=1,
         keyfoundry=importlib.metadata.version("keyfoundry"),
@@ -66,9 +69,7 @@ def report_document(findings: Findings, command: str) -> ReportDocument:
         settings=fleet.settings.model_dump(mode="json"),
         versions=tool_versions(),
         seed=fleet.settings.seed,
-        machine=Machine(
-            system=f"{platform.system()} {platform.machine()}", processor=_processor(), cores=os.cpu_count() or 1
-        ),
+        machine=this_machine(),
         seconds={name: round(seconds, 2) for name, seconds in findings.seconds.items()},
         base=BaseReport(
             name=fleet.settings.base.name, digest=fleet.base.digest,
@@ -79,6 +80,7 @@ def report_document(findings: Findings, command: str) -> ReportDocument:
             test=len(splits.test), skipped=splits.train.skipped + splits.test.skipped, labels=splits.labels,
         ),
         verification=VerificationReport(
+            budget=verification.budget,
             epsilon=verification.epsilon,
             images=min(verification.images, len(splits.test)),
             attacks=tuple(AttackReport(name=a.name, description=a.description) for a in attacks_of(verification)),
@@ -95,13 +97,21 @@ def report_document(findings: Findings, command: str) -> ReportDocument:
         sources=tuple(
             SourceReport(
                 id=one.source.id, threat=one.source.threat.code, description=one.source.description,
-                self_checks=tuple(SelfCheckReport.of(check) for check in one.checks),
+                self_checks=tuple(SelfCheckReport.of(check) for check in one.checks)
+                or NotMeasured("what only asks the target needs no self-check"),
             )
-            for one in findings.sources
+            for one in (*findings.sources, *(one for verdict in verdicts for one in _query_sources(verdict)))
         ),
         targets=tuple(_target(fleet, verdict, findings.base_clean) for verdict in verdicts),
         notes=_notes(findings),
     )  # fmt: skip
+
+
+def this_machine() -> Machine:
+    """The machine that this run takes place on."""
+    return Machine(
+        system=f"{platform.system()} {platform.machine()}", processor=_processor(), cores=os.cpu_count() or 1
+    )
 
 
 def _target(fleet: Fleet, verdict: Verdict, base_clean: Proportion) -> TargetReport:
@@ -110,6 +120,8 @@ def _target(fleet: Fleet, verdict: Verdict, base_clean: Proportion) -> TargetRep
     recipe = fleet.settings.recipe
     shuffle = verdict.candidate.model.classifier.shuffle
     keyed = "no key" if shuffle is None else f"block shuffle M = {shuffle.block_size}"
+    queries = verdict.examination.queries
+    judgements = [verdict.judgement, *([] if queries is None else [queries.judgement])]
     adaptation = f"LoRA r = {recipe.rank}" if recipe.adaptation == "lora" else recipe.adaptation
     return TargetReport(
         id=verdict.candidate.name,
@@ -120,14 +132,22 @@ def _target(fleet: Fleet, verdict: Verdict, base_clean: Proportion) -> TargetRep
         clean=verdict.clean,
         accuracy_drop=accuracy_drop(base_clean, verdict.clean),
         parity=tuple(_parity(name, value) for name, value in verdict.parity.items()),
-        cells=cells_of(verdict.judgement),
-        by_source=by_source_of(verdict.judgement),
-        threats=threats_of(verdict.judgement),
+        cells=tuple(cell for judged in judgements for cell in cells_of(judged)),
+        by_source=tuple(source for judged in judgements for source in by_source_of(judged)),
+        threats=tuple(threat for judged in judgements for threat in threats_of(judged)),
         worst_case=verdict.judgement.worst_case,
+        by_class=by_class_of(verdict.judgement, fleet.splits.labels),
+        formats=formats_of(verdict.examination.formats),
+        canaries=canaries_report(verdict.examination.canaries),
         decision=DecisionReport.of(verdict.decision),
         package=str(verdict.candidate.package.relative_to(fleet.folder.root)) if released else None,
         adapter_digest=verdict.candidate.model.adapter_digest,
     )
+
+
+def _query_sources(verdict: Verdict) -> tuple[AttackedSource, ...]:
+    queries = verdict.examination.queries
+    return () if queries is None else queries.sources
 
 
 def _parity(name: str, value: Parity | NotMeasured) -> ParityReport | ParityNotMeasured:
@@ -146,7 +166,19 @@ def _notes(findings: Findings) -> tuple[str, ...]:
         "A device attacked through itself (T5) is the white-box ceiling: whoever holds a device can fool that device.",
         "Fooling rates are among the images that the target classifies correctly when clean; adversarial images are "
         "rounded to 8 bits, and the exported ONNX file itself was judged.",
-        "Query attacks on the target (T4) and colluding devices (T3) are not measured here.",
+    ]
+    run = {cell.threat for verdict in findings.verdicts for cell in verdict.judgement.cells}
+    if all(verdict.examination.queries is None for verdict in findings.verdicts):
+        notes.append("Query attacks on the target (T4) are not measured with this budget; --budget standard has them.")
+    if Threat.COLLUDING_DEVICES not in run:
+        notes.append(
+            "Colluding devices (T3) are not measured: that takes --budget standard and more devices than collude."
+        )
+    notes += [
+        f"{verdict.candidate.name} shows signs of gradient masking ({'; '.join(found.reasons)}): its figures look "
+        "better than they are."
+        for verdict in findings.verdicts
+        if (found := verdict.examination.canaries) is not None and found.failed
     ]
     if len(findings.verdicts) == 1:
         notes.append("The fleet has one device, so no attack from a sibling (T2) could be made; add one to measure it.")
@@ -158,9 +190,9 @@ def _notes(findings: Findings) -> tuple[str, ...]:
     if earlier:
         listed = ", ".join(f"{name} ({count})" for name, count in earlier.items())
         notes.append(f"Earlier generations, each another try on the same test images: {listed}.")
-    if findings.control.decision.released:
+    if any(control.decision.released for control in findings.controls):
         notes.append(
-            "The un-keyed control passes the rule. At these settings, the rule cannot tell a keyed device from an "
+            "An un-keyed control passes the rule. At these settings, the rule cannot tell a keyed device from an "
             "un-keyed one, and a release says nothing about the key."
         )
     return tuple(notes)

@@ -100,6 +100,15 @@ def _existing(package: Path, identity: Identity, base: Base) -> Manifest | None:
     return manifest if whole and same and manifest.base_digest == base.digest else None
 
 
+def open_formats(package: Path) -> dict[str, Runtime]:
+    """Every format of a package, ready to run."""
+    return {
+        "ONNX fp32": OnnxRuntime(package / ONNX_NAME),
+        "Core ML fp32": best_coreml_runtime(package / COREML_FP32_NAME),
+        "Core ML fp16": best_coreml_runtime(package / COREML_NAME),
+    }
+
+
 def parity_of(
     module: nn.Module, package: Path, images: np.ndarray, record: Path, progress: Progress
 ) -> dict[str, Parity | NotMeasured]:
@@ -114,11 +123,7 @@ def parity_of(
         stored = json.loads(record.read_text())
         if stored["made_from"] == made_from:
             return {name: Parity.from_json(value) for name, value in stored["parity"].items()}
-    candidates: dict[str, Runtime] = {
-        "ONNX fp32": OnnxRuntime(package / ONNX_NAME),
-        "Core ML fp32": best_coreml_runtime(package / COREML_FP32_NAME),
-        "Core ML fp16": best_coreml_runtime(package / COREML_NAME),
-    }
+    candidates = open_formats(package)
     measured: dict[str, Parity | NotMeasured] = {}
     reference = TorchRuntime(module)
     floats = images.astype(np.float32) / 255

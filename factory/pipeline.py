@@ -11,20 +11,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import nn
+
 from device_tests.accuracy import accuracy
+from device_tests.attacks.attack import Attack
 from device_tests.evidence import Proportion
-from device_tests.images import reachable_levels
 from device_tests.release_rule import decide
 from device_tests.report.render import write_report
 from device_tests.threats import Source, Threat
 from device_tests.transfer import judge
 from exporters.run_onnx import OnnxRuntime
 from exporters.run_torch import TorchRuntime
+from factory.attackers import BASE, who_attacks
 from factory.base import load_base, read_architecture
 from factory.block_shuffle import check_block_size
 from factory.classifier import ImageClassifier
 from factory.data import load_splits
 from factory.device_model import DeviceModel, block_size, make_device_model
+from factory.examination import Examination, Examined, canaries_of, formats_under_attack, query
 from factory.fleet import Candidate, Findings, Fleet, Verdict
 from factory.fleet_folder import FleetFolder
 from factory.fleet_report import report_document, report_examples
@@ -34,28 +38,39 @@ from factory.progress import Progress, log_to
 from factory.registry import Registry
 from factory.release import check_enough_images, publish, release_rule
 from factory.seeds import derive_seed
-from factory.settings import FleetSettings
-from factory.verification import AttackedSource, attack_source, self_checks, weak_sources
+from factory.settings import FleetSettings, RecipeSettings
+from factory.verification import (
+    Attacked,
+    AttackedSource,
+    attack_source,
+    attacks_of,
+    self_checks,
+    strong_budget,
+    weak_sources,
+)
 from keys.derive import DeviceKey, fixed_guess
 from keys.errors import InputError
 from keys.identifiers import check_device_id
 from keys.signing import write_public_key
 
-BASE, GUESSED, UNKEYED = "base", "guessed-key", "un-keyed"
+GUESSED, UNKEYED, REINITIALISED = "guessed-key", "un-keyed", "re-initialised"
+RESERVED = (BASE, GUESSED, UNKEYED, REINITIALISED, "true-key-")
 FEW_VALUES = 12  # 12! = 4.8e8 permutations; 2×2 grey blocks have 24
 
 
 def provision(fleet: Fleet, command: str) -> Findings:
     """Make, export, attack, judge and release every device of an open fleet; then write its report."""
     devices = [make_candidate(fleet, device_id) for device_id in fleet.settings.device_ids]
-    control = make_candidate(fleet, UNKEYED)
-    sources = attack_sources(fleet, devices, control)
+    controls = [make_candidate(fleet, name) for name in control_names(fleet)]
+    sources = attack_sources(fleet, devices, controls)
     base_clean = base_accuracy(fleet)
     verdicts = [judge_candidate(fleet, device, sources, base_clean) for device in devices]
-    control_verdict = judge_candidate(fleet, control, sources, base_clean)
+    control_verdicts = [judge_candidate(fleet, control, sources, base_clean) for control in controls]
     for verdict in verdicts:
         publish(fleet, verdict, base_clean)
-    findings = Findings(fleet, base_clean, tuple(sources), tuple(verdicts), control_verdict, fleet.progress.seconds)
+    findings = Findings(
+        fleet, base_clean, tuple(sources), tuple(verdicts), tuple(control_verdicts), fleet.progress.seconds
+    )
     write_report(fleet.folder.root, report_document(findings, command), report_examples(findings))
     return findings
 
@@ -68,8 +83,8 @@ def open_fleet(
     The caller holds ``folder.locked()``. Raises InputError, SecretError or BusyError, before anything is trained.
     """
     for device_id in settings.device_ids:
-        if check_device_id(device_id) in (BASE, GUESSED, UNKEYED):
-            raise InputError(f"Device id {device_id!r} is the name of an attack source; choose another.")
+        if check_device_id(device_id).startswith(RESERVED):
+            raise InputError(f"Device id {device_id!r} begins like the name of an attack source; choose another.")
     if not settings.device_ids or len(set(settings.device_ids)) < len(settings.device_ids):
         raise InputError("A fleet needs one or more devices, each with its own id.")
     architecture = read_architecture(settings.base)
@@ -80,7 +95,6 @@ def open_fleet(
     if base.architecture.contract.channels * block_size(base, settings.recipe) ** 2 < FEW_VALUES:
         progress.say(f"Warning: blocks of fewer than {FEW_VALUES} values have so few permutations that keys collide.")
     check_enough_images(release_rule(settings.release), settings.verification.images, len(splits.test))
-    reachable_levels(settings.verification.epsilon)
     folder.settle(settings)
     log_to(folder.log)
     vault = folder.open_vault(passphrase_file)
@@ -93,9 +107,9 @@ def open_fleet(
 
 
 def train_model(fleet: Fleet, name: str, key: DeviceKey | None, identity: Sequence[str | int]) -> DeviceModel:
-    """One model by the fleet's recipe: a device's, an attacker's surrogate, or the un-keyed control."""
+    """One model by the fleet's recipe: a device's, an attacker's surrogate, or a control."""
     return make_device_model(
-        fleet.base, key, fleet.settings.recipe, fleet.splits, name=name, identity=identity,
+        fleet.base, key, recipe_of(fleet, name), fleet.splits, name=name, identity=identity,
         seed=derive_seed(fleet.settings.seed, name, *identity), folder=fleet.folder.model(name),
         progress=fleet.progress,
     )  # fmt: skip
@@ -108,40 +122,69 @@ def train_device(fleet: Fleet, device_id: str) -> tuple[DeviceModel, int]:
     return model, key.generation
 
 
+def recipe_of(fleet: Fleet, name: str) -> RecipeSettings:
+    """The fleet's recipe; the re-initialised control changes one thing in it."""
+    changed = {"reinitialise_patch_embedding": True} if name == REINITIALISED else {}
+    return fleet.settings.recipe.model_copy(update=changed)
+
+
+def control_names(fleet: Fleet) -> tuple[str, ...]:
+    """The controls: how much of what a key seems to do is mere retraining, and how much mere new weights."""
+    return (UNKEYED, REINITIALISED) if fleet.settings.verification.reinitialised_control else (UNKEYED,)
+
+
 def make_candidate(fleet: Fleet, name: str) -> Candidate:
-    """Train, merge, fold and export a device, or the un-keyed control, which is never released."""
-    if name == UNKEYED:
-        model, generation = train_model(fleet, UNKEYED, None, []), 1
-        package = fleet.folder.model(UNKEYED) / "package"
+    """Train, merge, fold and export a device, or a control, which is never released."""
+    if name in (UNKEYED, REINITIALISED):
+        model, generation = train_model(fleet, name, None, []), 1
+        package = fleet.folder.model(name) / "package"
     else:
         (model, generation), package = train_device(fleet, name), fleet.folder.package(name)
     baked = bake(model.classifier)
     identity = Identity(
         device_id=name, generation=generation, fleet_id=fleet.vault.fleet_id, adapter_digest=model.adapter_digest,
-        recipe=fleet.settings.recipe.model_dump(mode="json"),
+        recipe=recipe_of(fleet, name).model_dump(mode="json"),
     )  # fmt: skip
     golden = fleet.splits.validation.images.numpy()
     export_package(baked, fleet.base, identity, golden, package, fleet.progress)
     return Candidate(name, generation, model, baked, package)
 
 
-def attack_sources(fleet: Fleet, devices: Sequence[Candidate], control: Candidate) -> list[AttackedSource]:
-    """Attack the public base, a guessed key's model, every device, and the un-keyed control; each once."""
-    guessed = train_model(fleet, GUESSED, fixed_guess(GUESSED), [GUESSED])
-    sources = [
-        Source(BASE, Threat.PUBLIC_BASE, public_base(fleet), "the public base"),
-        Source(GUESSED, Threat.GUESSED_KEY, bake(guessed.classifier), "the same recipe with a guessed key"),
-        *(Source(device.name, Threat.SIBLING_DEVICE, device.baked, f"extracted {device.name}") for device in devices),
-        Source(UNKEYED, Threat.UNKEYED_CONTROL, control.baked, "the same recipe without a key"),
-    ]
-    attacked = fleet.splits.test.take(fleet.settings.verification.images)
-    return [
-        attack_source(
-            source, attacked.images.numpy(), attacked.labels.numpy(), fleet.settings.verification,
-            seed=fleet.settings.seed, cache=fleet.folder.attacks(source.id), progress=fleet.progress,
-        )
-        for source in sources
-    ]  # fmt: skip
+def attack_sources(fleet: Fleet, devices: Sequence[Candidate], controls: Sequence[Candidate]) -> list[AttackedSource]:
+    """Attack all that an attacker may hold, each once: see :func:`factory.attackers.who_attacks`."""
+    verification = fleet.settings.verification
+    guesses = [GUESSED, *(f"{GUESSED}-{number}" for number in range(2, verification.guessed_keys + 1))]
+    sources = who_attacks(
+        public_base(fleet),
+        {name: bake(train_model(fleet, name, fixed_guess(name), [name]).classifier) for name in guesses},
+        {device.name: device.baked for device in devices},
+        {control.name: control.baked for control in controls},
+        colluding=verification.colluding,
+        twins={device.name: twin_of(fleet, device) for device in devices if verification.true_key_ceiling},
+    )
+    return [attack(fleet, source, attacks_of(verification), attacked_images(fleet)) for source in sources]
+
+
+def twin_of(fleet: Fleet, device: Candidate) -> nn.Module:
+    """A second model with a device's own key: what an attacker makes who has stolen the key and nothing else."""
+    name, key = f"true-key-{device.name}", fleet.vault.device_key(device.name)
+    identity = [fleet.vault.fleet_id, name, key.generation]
+    return bake(train_model(fleet, name, key, identity).classifier)
+
+
+def attack(fleet: Fleet, source: Source, attacks: Sequence[Attack], on: Attacked) -> AttackedSource:
+    """Attack one source at the fleet's perturbation and seed."""
+    verification = fleet.settings.verification
+    return attack_source(
+        source, attacks, on, perturbation=verification.perturbation, budget=strong_budget(verification),
+        margin=verification.self_check_margin, seed=fleet.settings.seed, progress=fleet.progress,
+    )  # fmt: skip
+
+
+def attacked_images(fleet: Fleet, count: int | None = None) -> Attacked:
+    """The first test images, as many as the budget says or ``count``."""
+    taken = fleet.splits.test.take(fleet.settings.verification.images if count is None else count)
+    return Attacked(taken.images.numpy(), taken.labels.numpy(), fleet.folder.attacks)
 
 
 def public_base(fleet: Fleet) -> ImageClassifier:
@@ -167,18 +210,33 @@ def judge_candidate(
     with fleet.progress.stage(f"judge {candidate.name}", total=2, unit="measurements") as stage:
         clean = accuracy(runtime, test.images.numpy(), test.labels.numpy())
         stage.advance(note="transfer")
-        attacked = test.take(verification.images)
+        on = attacked_images(fleet)
+        facing = [source for source in sources if source.source.is_judged_on(candidate.name)]
         judgement = judge(
-            runtime, candidate.name, attacked.images.numpy(), attacked.labels.numpy(),
-            [source.adversarial for source in sources], self_checks(sources),
-            required=required_threats(fleet), weak=weak_sources(sources, clean),
+            runtime, candidate.name, on.images, on.labels, [source.adversarial for source in facing],
+            self_checks(facing), required=required_threats(fleet), weak=weak_sources(facing, clean),
         )  # fmt: skip
         stage.advance()
+    examination = examine(fleet, candidate, facing, on)
     decision = decide(
         release_rule(fleet.settings.release), base_accuracy=base_clean, device_accuracy=clean, parities=parity,
         worst_fooled=judgement.worst_fooled,
     )  # fmt: skip
-    return Verdict(candidate, clean, parity, judgement, decision)
+    return Verdict(candidate, clean, parity, judgement, examination, decision)
+
+
+def examine(fleet: Fleet, candidate: Candidate, sources: Sequence[AttackedSource], on: Attacked) -> Examination:
+    """What is measured beside the rule: queries to the package, its formats under attack, gradient masking."""
+    verification, seed = fleet.settings.verification, fleet.settings.seed
+    examined = Examined(candidate.name, candidate.baked, candidate.package)
+    return Examination(
+        query(
+            examined, public_base(fleet), fleet.splits.train.images.numpy(), on, verification,
+            block_size=block_size(fleet.base, fleet.settings.recipe), seed=seed, progress=fleet.progress,
+        ),
+        formats_under_attack(examined, sources, on, verification),
+        canaries_of(examined, sources, on, verification, seed=seed, progress=fleet.progress),
+    )  # fmt: skip
 
 
 def required_threats(fleet: Fleet) -> tuple[Threat, ...]:

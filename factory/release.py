@@ -37,6 +37,8 @@ def check_enough_images(rule: ReleaseRule, images: int, available: int) -> None:
 
 def evidence_of(fleet: Fleet, verdict: Verdict, base_clean: Proportion) -> dict[str, Any]:
     """What the manifest says was measured: every figure with its n and interval, and how to repeat it."""
+    examination = verdict.examination
+    queries, formats, canaries = examination.queries, examination.formats, examination.canaries
     return {
         "data": {"name": fleet.splits.name, "sha256": fleet.splits.digest},
         "seed": fleet.settings.seed,
@@ -50,6 +52,9 @@ def evidence_of(fleet: Fleet, verdict: Verdict, base_clean: Proportion) -> dict[
         "parity": {name: value.to_json() for name, value in verdict.parity.items()},
         "cells": [cell.to_json() for cell in verdict.judgement.cells],
         "threats": [threat.to_json() for threat in verdict.judgement.threats],
+        "queries": [] if queries is None else [cell.to_json() for cell in queries.judgement.cells],
+        "formats": formats.to_json(),
+        "canaries": None if canaries is None else canaries.to_json(),
         "worst_case": verdict.judgement.worst_case.to_json(),
         "decision": verdict.decision.to_json(),
     }

@@ -12,18 +12,21 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator, model_validator
 
+from device_tests.perturbation import Norm, Perturbation
 from keys.errors import InputError
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A table of settings: no unknown name, no change after it was read."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class DataSettings(_Section):
+class DataSettings(Section):
     """Which images, and how many of the training images are held out for validation."""
 
     name: str = Field(default="sample", description="sample, idx, or any name that timm.data.create_dataset takes")
@@ -41,7 +44,7 @@ class DataSettings(_Section):
         return self
 
 
-class BaseSettings(_Section):
+class BaseSettings(Section):
     """The shared pre-trained ViT."""
 
     name: str = Field(default="shipped", description="shipped, a timm model name, or the path of a checkpoint")
@@ -49,7 +52,7 @@ class BaseSettings(_Section):
     random_weights: bool = Field(default=False, description="do not load pre-trained weights (for dry runs)")
 
 
-class TrainingSettings(_Section):
+class TrainingSettings(Section):
     """One training run: AdamW with linear warm-up and cosine decay."""
 
     epochs: int = Field(default=3, ge=1)
@@ -66,7 +69,7 @@ class TrainingSettings(_Section):
     )
 
 
-class RecipeSettings(_Section):
+class RecipeSettings(Section):
     """How a device model is made from the base and a key."""
 
     block_size: int | None = Field(
@@ -76,17 +79,57 @@ class RecipeSettings(_Section):
     rank: int = Field(default=16, ge=1, description="LoRA rank r; the paper's value")
     alpha: float = Field(default=16.0, gt=0, description="LoRA scaling numerator: updates are scaled by alpha / rank")
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    reinitialise_patch_embedding: bool = Field(
+        default=False, description="draw the patch embedding anew and train it in full (a control; needs no key)"
+    )
     training: TrainingSettings = TrainingSettings()
 
 
-class VerificationSettings(_Section):
+BUDGETS: Mapping[str, Mapping[str, Any]] = {
+    "quick": {},
+    "standard": {
+        "images": 1000, "attacks": ("pgd", "mi-fgsm", "mi-di", "mi-bsr"), "momentum_steps": 30,
+        "guessed_keys": 4, "colluding": (2, 4), "query_images": 200, "queries": 1000, "bypass_queries": 5000,
+        "canaries": True, "reinitialised_control": True, "self_check_images": 200, "self_check_steps": 50,
+    },
+    "full": {
+        "images": 1000, "momentum_steps": 50,
+        "attacks": ("fgsm", "bim", "pgd", "mi-fgsm", "mi-di", "mi-bsr", "mi-ops", "mi-tgr", "autoattack"),
+        "guessed_keys": 8, "colluding": (2, 4, 8), "query_images": 200, "queries": 5000, "bypass_queries": 20000,
+        "canaries": True, "reinitialised_control": True, "true_key_ceiling": True,
+        "self_check_images": 500, "self_check_steps": 100, "self_check_targets": 9,
+    },
+}  # fmt: skip
+"""What each budget sets; quick is the defaults. A setting that is given by name wins over its budget."""
+
+
+class VerificationSettings(Section):
     """What is attacked, how hard, and on how many images."""
 
+    budget: Literal["quick", "standard", "full"] = Field(
+        default="quick", description="quick (provisioning), standard (release) or full: sets everything below"
+    )
     epsilon: float = Field(default=8 / 255, gt=0, le=1, description="L-infinity budget on inputs in [0, 1]")
     images: int = Field(default=300, ge=1, description="test images that are attacked")
-    parity_images: int = Field(default=256, ge=1)
+    attacks: tuple[str, ...] = Field(
+        default=("pgd", "mi-fgsm"), min_length=1, description="attacks run on every source"
+    )
     pgd_steps: int = Field(default=20, ge=1)
-    momentum_steps: int = Field(default=15, ge=1)
+    momentum_steps: int = Field(default=15, ge=1, description="steps of every attack with momentum")
+    guessed_keys: int = Field(
+        default=1, ge=1, le=8, description="guessed-key models that the attacker trains; with the base, its ensembles"
+    )
+    colluding: tuple[int, ...] = Field(default=(), description="how many devices collude, where the fleet has more")
+    query_images: int = Field(default=0, ge=0, description="images of the query attacks on each device; 0: none")
+    queries: int = Field(default=1000, ge=1, description="queries for each of those images")
+    bypass_queries: int = Field(default=0, ge=0, description="queries that a learned stand-in for the key is fitted to")
+    true_key_ceiling: bool = Field(default=False, description="attack a second model with each device's own key")
+    canaries: bool = Field(default=False, description="look for gradient masking in every device")
+    reinitialised_control: bool = Field(
+        default=False, description="also judge an un-keyed model whose patch embedding was drawn anew"
+    )
+    parity_images: int = Field(default=256, ge=1)
+    coreml_images: int = Field(default=64, ge=0, description="attacked images that also go through Core ML")
     self_check_images: int = Field(default=80, ge=1)
     self_check_steps: int = Field(default=30, ge=1)
     self_check_targets: int = Field(default=3, ge=1, description="wrong classes that the targeted strong attack tries")
@@ -94,8 +137,29 @@ class VerificationSettings(_Section):
         default=0.05, ge=0, description="how far below the strong attack an attack may stay"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _budget(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            return {**BUDGETS.get(str(values.get("budget", "quick")), {}), **values}
+        return values
 
-class ReleaseSettings(_Section):
+    @field_validator("epsilon")
+    @classmethod
+    def _reaches(cls, epsilon: float) -> float:
+        try:
+            Perturbation(Norm.LINF, epsilon)
+        except InputError as error:
+            raise ValueError(str(error)) from error
+        return epsilon
+
+    @property
+    def perturbation(self) -> Perturbation:
+        """The L∞ ball that the release rule is about."""
+        return Perturbation(Norm.LINF, self.epsilon)
+
+
+class ReleaseSettings(Section):
     """Limits of the release rule; their reasons are printed in the report."""
 
     allowed_accuracy_drop: float = Field(default=0.03, ge=0, le=1)
@@ -127,7 +191,7 @@ class ReleaseSettings(_Section):
         return self
 
 
-class FleetSettings(_Section):
+class FleetSettings(Section):
     """All settings of one fleet."""
 
     devices: StrictInt | list[str] = Field(default=3, description="a number, or the device ids")

@@ -64,7 +64,8 @@ def is_released(root: Path, device: str) -> bool:
 
 def test_the_folder_is_laid_out_as_tools_rely_on(tiny_fleet: Path) -> None:
     assert {path.name for path in tiny_fleet.iterdir()} == {
-        "fleet.toml", "registry.sqlite", "signing-key.pub", "report.html", "report.json", "devices", "secrets", "work",
+        "fleet.toml", "registry.sqlite", "signing-key.pub", "report.html", "report.json", "figures", "devices",
+        "secrets", "work",
     }  # fmt: skip
     assert {path.name for path in (tiny_fleet / "devices").iterdir()} == set(DEVICES)
     for device in DEVICES:

@@ -11,14 +11,15 @@ from torch import nn
 
 from device_tests.attacks.attack import Progress
 from device_tests.attacks.pgd import PGD
+from device_tests.crafting import AdversarialSet, craft
 from device_tests.evidence import Proportion
 from device_tests.images import from_8bit
+from device_tests.perturbation import Norm, Perturbation
 from device_tests.self_check import StrongBudget, StrongResult, run_strong, self_check, strong_key
 from device_tests.threats import Source, Threat
-from device_tests.transfer import AdversarialSet, craft
 from exporters.measured import NotMeasured
 
-EPSILON = 16 / 255
+BALL = Perturbation(Norm.LINF, 16 / 255)
 BUDGET = StrongBudget(steps=10, targets=2, images=60)
 
 
@@ -28,6 +29,7 @@ class Idle:
     name = "idle"
     description = "nothing at all"
     gradients_per_image = 0
+    norm = Norm.LINF
 
     def generate(
         self,
@@ -76,13 +78,13 @@ def source() -> Source:
 
 
 def strong(source: Source, classes: int = 4) -> StrongResult:
-    return run_strong(source, *blobs(90, classes), epsilon=EPSILON, budget=BUDGET, seed=0)
+    return run_strong(source, *blobs(90, classes), perturbation=BALL, budget=BUDGET, seed=0)
 
 
 def test_pgd_passes_and_an_idle_attack_does_not(source: Source) -> None:
     images, labels = blobs(90)
     result = strong(source)
-    made = craft(source, [PGD(), Idle()], images, labels, epsilon=EPSILON, seed=0)
+    made = craft(source, [PGD(), Idle()], images, labels, perturbation=BALL, seed=0)
     idle, pgd = self_check(source, made, labels, result)
     assert isinstance(pgd.strong_success, Proportion)
     assert pgd.strong_success.n == 60
@@ -96,7 +98,7 @@ def test_pgd_passes_and_an_idle_attack_does_not(source: Source) -> None:
 def test_only_the_first_images_that_the_source_gets_right_are_used(source: Source) -> None:
     images, labels = blobs(90)
     labels[:10] = (labels[:10] + 1) % 4
-    result = run_strong(source, images, labels, epsilon=EPSILON, budget=BUDGET, seed=0)
+    result = run_strong(source, images, labels, perturbation=BALL, budget=BUDGET, seed=0)
     assert len(result.images) == BUDGET.images
     assert min(result.images) >= 10
     assert list(result.images) == sorted(result.images)
@@ -119,7 +121,7 @@ def test_the_strong_attack_repeats_and_leaves_the_random_state_and_the_model_alo
 def test_a_larger_budget_finds_no_fewer(source: Source) -> None:
     images, labels = blobs(90)
     small, large = (
-        run_strong(source, images, labels, epsilon=EPSILON, budget=StrongBudget(steps, 3, 60), seed=0)
+        run_strong(source, images, labels, perturbation=BALL, budget=StrongBudget(steps, 3, 60), seed=0)
         for steps in (2, 25)
     )
     assert sum(large.fooled) >= sum(small.fooled)
@@ -135,7 +137,7 @@ def test_few_classes_get_the_losses_that_they_allow(classes: int, name: str) -> 
 def test_progress_stays_within_the_stated_bound(source: Source) -> None:
     heard: list[int] = []
     images, labels = blobs(90)
-    run_strong(source, images, labels, epsilon=EPSILON, budget=BUDGET, seed=0, progress=heard.append)
+    run_strong(source, images, labels, perturbation=BALL, budget=BUDGET, seed=0, progress=heard.append)
     assert 60 * 11 <= sum(heard) <= 60 * (BUDGET.steps + 1) * (1 + BUDGET.targets)
 
 
@@ -144,8 +146,8 @@ def test_a_source_that_gets_nothing_right_is_not_measured_and_does_not_pass(sour
     with torch.no_grad():
         predictions = source.model(torch.from_numpy(from_8bit(images))).argmax(1).numpy()
     never = (predictions + 1) % 4
-    made = craft(source, [PGD(2)], images, never, epsilon=EPSILON, seed=0)
-    result = run_strong(source, images, never, epsilon=EPSILON, budget=BUDGET, seed=0)
+    made = craft(source, [PGD(2)], images, never, perturbation=BALL, seed=0)
+    result = run_strong(source, images, never, perturbation=BALL, budget=BUDGET, seed=0)
     assert isinstance(result.success, NotMeasured)
     (check,) = self_check(source, made, never, result)
     assert isinstance(check.attack_success, NotMeasured)
@@ -165,25 +167,37 @@ def test_the_margin_is_five_points_and_its_edge_passes(fooled: int, passes: bool
     source = Source("base", Threat.PUBLIC_BASE, FirstPixel(), "reads one pixel")
     images = np.zeros((100, 1, 2, 2), dtype=np.uint8)
     images[:fooled] = 255
-    made = AdversarialSet("base", Threat.PUBLIC_BASE, 1.0, "", {"pgd": images})
+    made = AdversarialSet("base", Threat.PUBLIC_BASE, Perturbation(Norm.LINF, 1.0), {"pgd": images})
     result = StrongResult("base", "APGD-CE", "", tuple(range(100)), (True,) * 100)
     (check,) = self_check(source, made, np.zeros(100, dtype=np.int64), result)
     assert check.passed is passes
     assert check.attack_success == Proportion(fooled, 100)
 
 
+def test_an_l2_ball_has_its_own_strong_attack(source: Source) -> None:
+    ball = Perturbation(Norm.L2, 0.5)
+    images, labels = blobs(60)
+    strong = run_strong(source, images, labels, perturbation=ball, budget=BUDGET, seed=0)
+    made = craft(source, [PGD(norm=Norm.L2)], images, labels, perturbation=ball, seed=0)
+    (check,) = self_check(source, made, labels, strong)
+    assert sum(strong.fooled) / len(strong.fooled) > 0.1
+    assert check.passed
+    with pytest.raises(ValueError, match="knows no L0"):
+        run_strong(source, images, labels, perturbation=Perturbation(Norm.L0, 3), budget=BUDGET, seed=0)
+
+
 def test_results_of_different_sources_are_not_compared(source: Source) -> None:
-    made = AdversarialSet("other", Threat.PUBLIC_BASE, EPSILON, "", {})
+    made = AdversarialSet("other", Threat.PUBLIC_BASE, BALL, {})
     with pytest.raises(ValueError, match="not one source"):
         self_check(source, made, np.zeros(1), StrongResult("base", "APGD-CE", "", (), ()))
 
 
 def test_the_key_depends_on_everything_that_the_result_does(source: Source) -> None:
     images, labels = blobs(8)
-    keys = {strong_key(source, images, labels, epsilon=EPSILON, budget=BUDGET, seed=0)}
-    keys.add(strong_key(source, images, labels, epsilon=8 / 255, budget=BUDGET, seed=0))
-    keys.add(strong_key(source, images, labels, epsilon=EPSILON, budget=StrongBudget(), seed=0))
-    keys.add(strong_key(source, images, labels, epsilon=EPSILON, budget=BUDGET, seed=1))
-    keys.add(strong_key(source, images, (labels + 1) % 4, epsilon=EPSILON, budget=BUDGET, seed=0))
-    keys.add(strong_key(train(3), images, labels, epsilon=EPSILON, budget=BUDGET, seed=0))
+    keys = {strong_key(source, images, labels, perturbation=BALL, budget=BUDGET, seed=0)}
+    keys.add(strong_key(source, images, labels, perturbation=Perturbation(Norm.LINF, 8 / 255), budget=BUDGET, seed=0))
+    keys.add(strong_key(source, images, labels, perturbation=BALL, budget=StrongBudget(), seed=0))
+    keys.add(strong_key(source, images, labels, perturbation=BALL, budget=BUDGET, seed=1))
+    keys.add(strong_key(source, images, (labels + 1) % 4, perturbation=BALL, budget=BUDGET, seed=0))
+    keys.add(strong_key(train(3), images, labels, perturbation=BALL, budget=BUDGET, seed=0))
     assert len(keys) == 6

@@ -1,6 +1,8 @@
-"""Wilson intervals and acceptance plans against scipy and published values."""
+"""Wilson intervals, paired tests and acceptance plans against scipy and published values."""
 
 from __future__ import annotations
+
+import json
 
 import numpy as np
 import pytest
@@ -9,9 +11,13 @@ from hypothesis import strategies as st
 from scipy.stats import binom, binomtest
 
 from device_tests.statistics import (
+    Pairs,
     Risks,
     acceptance_plan,
+    at_least_once,
+    images_to_attack,
     keeps,
+    paired_interval,
     plan_at,
     plan_within,
     wilson_interval,
@@ -119,3 +125,111 @@ def test_risks_that_state_no_test_are_refused() -> None:
 def test_rates_too_close_to_be_told_apart_are_refused() -> None:
     with pytest.raises(InputError, match="further apart"):
         acceptance_plan(0.05, 0.0501, 0.05, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("rates", "risks", "n", "c"), [((0.01, 0.05), (0.05, 0.10), 132, 3), ((0.01, 0.05), (0.02, 0.15), 144, 4)]
+)
+def test_plans_published_elsewhere(rates: tuple[float, float], risks: tuple[float, float], n: int, c: int) -> None:
+    # The manual of the R package AccSamplingDesign, version 0.0.8.
+    plan = acceptance_plan(*rates, *risks)
+    assert (plan.n, plan.c) == (n, c)
+
+
+@pytest.mark.parametrize(
+    ("table", "low", "high"),
+    [
+        # Newcombe 1998, Statistics in Medicine 17, 2635, method 10.
+        ((36, 12, 2, 0), 0.0569, 0.3404),
+        ((18, 12, 2, 18), 0.0562, 0.3290),
+        ((53, 0, 0, 1), -0.0729, 0.0729),
+        ((0, 30, 0, 0), 0.8395, 1.0),
+        # Cavo et al. 2012 by the R package contingencytables (Fagerland, Lydersen and Laake 2017, chapter 8).
+        ((59, 6, 16, 80), -0.1186, -0.0046),
+    ],
+)
+def test_the_paired_interval_of_published_examples(table: tuple[int, int, int, int], low: float, high: float) -> None:
+    assert Pairs(*table).interval == pytest.approx((low, high), abs=5.1e-5)
+
+
+def test_mcnemars_p_of_a_published_example() -> None:
+    # Bentur et al. 2009 in Fagerland, Lydersen and Laake, BMC Med. Res. Methodol. 13:91 (2013), table 1.
+    pairs = Pairs(both=1, only_first=1, only_second=7, neither=12)
+    assert pairs.p_value == pytest.approx(0.0703, abs=5e-5)
+    assert pairs.mid_p == pytest.approx(0.0391, abs=5e-5)
+    assert pairs.difference == pytest.approx(-6 / 21)
+
+
+tables = st.tuples(*[st.integers(0, 400)] * 4).filter(any)
+
+
+@given(tables)
+@settings(max_examples=80, deadline=None)
+def test_mcnemar_is_scipys_binomial_test(table: tuple[int, int, int, int]) -> None:
+    pairs = Pairs(*table)
+    _, b, c, _ = table
+    if b + c:
+        assert pairs.p_value == pytest.approx(binomtest(b, b + c).pvalue, rel=1e-9)
+        assert pairs.p_first_larger == pytest.approx(binomtest(b, b + c, alternative="greater").pvalue, rel=1e-9)
+        assert pairs.p_second_larger == pytest.approx(binomtest(b, b + c, alternative="less").pvalue, rel=1e-9)
+        # The mid-p: half of the observed table's probability counts, on both sides.
+        middle = 2 * (binom.cdf(min(b, c), b + c, 0.5) - binom.pmf(b, b + c, 0.5) / 2)
+        assert pairs.mid_p == pytest.approx(min(1.0, middle), rel=1e-9)
+        assert pairs.mid_p <= pairs.p_value
+    else:
+        assert pairs.p_value == pairs.mid_p == 1
+
+
+@given(tables, st.floats(0.5, 0.999))
+@settings(max_examples=80, deadline=None)
+def test_the_paired_interval_holds_its_estimate_and_turns_with_the_pairs(
+    table: tuple[int, int, int, int], confidence: float
+) -> None:
+    both, first, second, neither = table
+    low, high = paired_interval(Pairs(*table), confidence)
+    assert -1 <= low <= Pairs(*table).difference <= high <= 1
+    assert low < high
+    turned = paired_interval(Pairs(both, second, first, neither), confidence)
+    assert turned == pytest.approx((-high, -low), abs=1e-12)
+
+
+def test_pairs_are_counted_and_written_and_read() -> None:
+    first = np.array([True, True, True, False, False])
+    second = np.array([True, False, False, True, False])
+    pairs = Pairs.of(first, second)
+    assert pairs == Pairs(1, 2, 1, 1)
+    assert Pairs.from_json(json.loads(json.dumps(pairs.to_json()))) == pairs
+    with pytest.raises(ValueError, match="do not belong"):
+        Pairs.from_json({**pairs.to_json(), "difference": 0.5})
+    with pytest.raises(ValueError, match="do not belong"):
+        Pairs.from_json({**pairs.to_json(), "more": 1})
+    for bad in ({}, {**pairs.to_json(), "both": True}, {**pairs.to_json(), "both": -1}):
+        with pytest.raises(ValueError, match="no pairs"):
+            Pairs.from_json(bad)
+    with pytest.raises(ValueError, match="equally long"):
+        Pairs.of(first, second[:3])
+    with pytest.raises(ValueError, match="no pairs"):
+        Pairs(0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("accuracy", [0.3, 0.9, 0.99])
+@pytest.mark.parametrize("judged", [1, 298])
+def test_enough_images_are_attacked_and_no_more(judged: int, accuracy: float) -> None:
+    n = images_to_attack(judged, accuracy)
+    assert binom.sf(judged - 1, n, accuracy) >= 0.99
+    assert n == judged or binom.sf(judged - 1, n - 1, accuracy) < 0.99
+
+
+def test_the_ends_of_the_number_of_images() -> None:
+    assert images_to_attack(298, 1.0) == 298
+    assert images_to_attack(0, 0.5) == 0
+    with pytest.raises(ValueError, match="accuracy"):
+        images_to_attack(10, 0.0)
+
+
+def test_many_tests_err_more_often_than_one() -> None:
+    assert at_least_once(0.05, 1) == pytest.approx(0.05)
+    assert at_least_once(0.05, 10) == pytest.approx(binom.sf(0, 10, 0.05))
+    assert at_least_once(0.05, 0) == 0
+    with pytest.raises(ValueError, match="no risk"):
+        at_least_once(1.5, 2)

@@ -1,30 +1,21 @@
-"""Transfer: crafted sets, their storage, and the judgement of a target image by image."""
+"""Transfer: the judgement of a target image by image, and what is not believed."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from device_tests.attacks.momentum import MomentumFGSM
-from device_tests.attacks.pgd import PGD
+from device_tests.crafting import AdversarialSet
 from device_tests.evidence import Measured, Proportion, SelfCheck
-from device_tests.threats import Source, Threat
-from device_tests.transfer import (
-    AdversarialSet,
-    adversarial_key,
-    craft,
-    judge,
-    read_adversarial,
-    write_adversarial,
-)
+from device_tests.perturbation import Norm, Perturbation
+from device_tests.threats import Threat
+from device_tests.transfer import judge
 from exporters.measured import NotMeasured
 from exporters.run_torch import TorchRuntime
-from keys.errors import InputError
 
 
 class Bands(nn.Module):
@@ -38,7 +29,7 @@ class Bands(nn.Module):
 TARGET = TorchRuntime(Bands())
 LABELS = np.array([0, 1, 2, 3, 0, 1, 2, 3])
 CLEAN = np.repeat(np.array([40, 104, 168, 232, 24, 88, 152, 216], np.uint8), 4).reshape(8, 1, 2, 2)
-WIDE = 64 / 255
+WIDE = Perturbation(Norm.LINF, 64 / 255)
 
 
 def moved(*fooled: int) -> np.ndarray:
@@ -50,7 +41,7 @@ def moved(*fooled: int) -> np.ndarray:
 
 
 def made(source: str, threat: Threat, **attacks: np.ndarray) -> AdversarialSet:
-    return AdversarialSet(source, threat, WIDE, "", attacks)
+    return AdversarialSet(source, threat, WIDE, attacks)
 
 
 def check(source: str, attack: str = "pgd", success: Measured | None = None) -> SelfCheck:
@@ -160,90 +151,34 @@ def test_sets_of_other_images_are_refused() -> None:
         judge(TARGET, "camera-01", CLEAN[:5], LABELS[:5], FLEET, CHECKS)
     with pytest.raises(ValueError, match="twice"):
         judge(TARGET, "camera-01", CLEAN, LABELS, [FLEET[0], FLEET[0]], CHECKS)
-    with pytest.raises(ValueError, match="different radii"):
-        judge(TARGET, "camera-01", CLEAN, LABELS, [FLEET[0], replace(FLEET[1], epsilon=0.5)], CHECKS)
+    with pytest.raises(ValueError, match="different perturbations"):
+        judge(
+            TARGET,
+            "camera-01",
+            CLEAN,
+            LABELS,
+            [FLEET[0], replace(FLEET[1], perturbation=Perturbation(Norm.LINF, 0.5))],
+            CHECKS,
+        )
     with pytest.raises(ValueError, match="no attack was run on base"):
         judge(TARGET, "camera-01", CLEAN, LABELS, [made("base", Threat.PUBLIC_BASE)], CHECKS)
 
 
-ATTACKS = [PGD(steps=5), MomentumFGSM(steps=5)]
+def test_an_attack_that_broke_leaves_its_threat_and_the_worst_case_unmeasured() -> None:
+    broken = replace(FLEET[0], failures={"apgd": "apgd on base failed: RuntimeError: out of range"})
+    judged = judge(TARGET, "camera-01", CLEAN, LABELS, [broken, *FLEET[1:]], CHECKS)
+    cells = {(cell.source, cell.attack): cell.fooled for cell in judged.cells}
+    assert cells["base", "apgd"] == NotMeasured("apgd on base failed: RuntimeError: out of range")
+    assert cells["guessed-1", "pgd"] == Proportion(1, 8)
+    assert isinstance(judged.worst_case, NotMeasured)
+    assert "out of range" in judged.worst_case.reason
 
 
-def linear(seed: int = 0) -> Source:
-    generator = torch.Generator().manual_seed(seed)
-    layer = nn.Linear(4, 4)
-    with torch.no_grad():
-        layer.weight.copy_(torch.randn(4, 4, generator=generator))
-        layer.bias.zero_()
-    return Source("base", Threat.PUBLIC_BASE, nn.Sequential(nn.Flatten(), layer), "linear")
-
-
-def test_crafted_images_are_8bit_inside_the_ball_and_fool_their_source() -> None:
-    source, heard = linear(), list[int]()
-    images = np.random.default_rng(2).integers(0, 256, (200, 1, 2, 2), dtype=np.uint8)
-    runtime = TorchRuntime(source.model)
-    labels = runtime.logits(images.astype(np.float32) / 255).argmax(1)
-    crafted = craft(source, ATTACKS, images, labels, epsilon=0.25, seed=0, progress=heard.append)
-    assert sum(heard) == 200 * 10
-    assert list(crafted.images) == ["mi-fgsm", "pgd"]  # sorted, as they are read back
-    for adversarial in crafted.images.values():
-        assert adversarial.dtype == np.uint8
-        assert np.abs(adversarial.astype(int) - images).max() == 63
-    checks = [check("base", name) for name in crafted.images]
-    judged = judge(runtime, "camera-01", images, labels, [crafted], checks, required=())
-    assert isinstance(judged.worst_case, Proportion)
-    assert judged.worst_case.value > 0.3
-
-
-def test_a_model_without_finite_gradients_is_refused() -> None:
-    source = linear()
-    with torch.no_grad():
-        source.model[1].weight.fill_(float("nan"))  # type: ignore[index]
-    for attack in ATTACKS:
-        with pytest.raises(InputError, match="no finite gradient"):
-            craft(source, [attack], CLEAN, LABELS, epsilon=WIDE, seed=0)
-
-
-def test_a_stored_set_is_read_again_only_under_its_key(tmp_path: Path) -> None:
-    path = tmp_path / "attacks" / "base.safetensors"
-    crafted = craft(linear(), ATTACKS, CLEAN, LABELS, epsilon=WIDE, seed=0)
-    assert read_adversarial(path, crafted.key) is None
-    write_adversarial(path, crafted)
-    again = read_adversarial(path, crafted.key)
-    assert again is not None
-    assert (again.source, again.threat, again.epsilon, again.key) == ("base", Threat.PUBLIC_BASE, WIDE, crafted.key)
-    assert set(again.images) == set(crafted.images)
-    assert all(np.array_equal(again.images[name], crafted.images[name]) for name in crafted.images)
-    assert read_adversarial(path, "0" * 64) is None
-    path.write_bytes(path.read_bytes()[:-1])
-    assert read_adversarial(path, crafted.key) is None
-
-
-def test_the_key_depends_on_everything_that_the_images_do() -> None:
-    base = adversarial_key(linear(), ATTACKS, CLEAN, LABELS, epsilon=WIDE, seed=0)
-    assert base == adversarial_key(linear(), ATTACKS, CLEAN, LABELS, epsilon=WIDE, seed=0)
-    assert base == craft(linear(), ATTACKS, CLEAN, LABELS, epsilon=WIDE, seed=0).key
-    others = [
-        adversarial_key(linear(1), ATTACKS, CLEAN, LABELS, epsilon=WIDE, seed=0),
-        adversarial_key(linear(), ATTACKS[:1], CLEAN, LABELS, epsilon=WIDE, seed=0),
-        adversarial_key(linear(), [PGD(steps=6), ATTACKS[1]], CLEAN, LABELS, epsilon=WIDE, seed=0),
-        adversarial_key(linear(), ATTACKS, 255 - CLEAN, LABELS, epsilon=WIDE, seed=0),
-        adversarial_key(linear(), ATTACKS, CLEAN, LABELS[::-1], epsilon=WIDE, seed=0),
-        adversarial_key(linear(), ATTACKS, CLEAN, LABELS, epsilon=0.1, seed=0),
-        adversarial_key(linear(), ATTACKS, CLEAN, LABELS, epsilon=WIDE, seed=1),
-        adversarial_key(replace(linear(), id="guessed"), ATTACKS, CLEAN, LABELS, epsilon=WIDE, seed=0),
-    ]
-    assert len({base, *others}) == 9
-
-
-def test_a_buffer_that_is_not_saved_still_counts_in_the_key() -> None:
-    def permuted(order: list[int]) -> Source:
-        source = linear()
-        source.model.register_buffer("order", torch.tensor(order), persistent=False)
-        return source
-
-    keys = {
-        adversarial_key(permuted(order), ATTACKS, CLEAN, LABELS, epsilon=WIDE, seed=0)
-        for order in ([0, 1, 2], [2, 1, 0])
-    }
-    assert len(keys) == 2
+def test_queries_pixels_and_patches_are_believed_without_a_self_check() -> None:
+    asked = made("camera-01", Threat.QUERIES, square=moved(0, 1, 2))
+    judged = judge(TARGET, "camera-01", CLEAN, LABELS, [asked], [], required=())
+    assert [(cell.threat, cell.fooled) for cell in judged.cells] == [(Threat.QUERIES, Proportion(3, 8))]
+    assert isinstance(judged.worst_case, NotMeasured)  # queries are stated, never counted
+    painted = AdversarialSet("base", Threat.PUBLIC_BASE, Perturbation(Norm.L0, 4), {"rs": moved(5)})
+    judged = judge(TARGET, "camera-01", CLEAN, LABELS, [painted], [], required=())
+    assert judged.worst_case == Proportion(1, 8)

@@ -1,4 +1,4 @@
-"""What every attack is: a name, a cost, and candidates inside the ε-ball.
+"""What every attack is: a name, a norm, a cost, and candidates inside the perturbation set.
 
 Rules: an attack is a frozen value that holds its budget; it proposes and never judges; all of its randomness
 comes from the seed it is given. A new attack is one new file with one class that fits :class:`Attack`.
@@ -12,8 +12,10 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from device_tests.perturbation import Norm
+
 Progress = Callable[[int], None]
-"""Called with the number of images whose gradient was just computed."""
+"""Called with the number of images whose gradient (or answer to a query) was just computed."""
 
 
 class Attack(Protocol):
@@ -25,13 +27,18 @@ class Attack(Protocol):
         ...
 
     @property
+    def norm(self) -> Norm:
+        """Which perturbations it makes; ``epsilon`` of :meth:`generate` is a radius of this norm."""
+        ...
+
+    @property
     def description(self) -> str:
         """Norm and whole budget in words; two attacks with equal descriptions propose equal candidates."""
         ...
 
     @property
     def gradients_per_image(self) -> int:
-        """Gradients computed for each image: the attack's cost."""
+        """Cost: gradients computed for each image, at most; for an attack by queries its forward passes."""
         ...
 
     def generate(
@@ -46,7 +53,9 @@ class Attack(Protocol):
     ) -> torch.Tensor:
         """Candidates for ``images`` (float32 N×C×H×W in [0, 1]) with true ``labels`` (int64 N).
 
-        Returns a tensor of the images' shape, within ``epsilon`` (on [0, 1]) of them and within [0, 1].
-        The model gives logits N×K, is used in evaluation mode and left as it was.
+        ``epsilon`` is a :attr:`~device_tests.perturbation.Perturbation.radius`: on [0, 1] for L∞ and L2, a number of
+        pixels for L0, a share of the area for a patch. Returns a tensor of the images' shape inside that set and
+        within [0, 1]; an image for which nothing is found may come back unchanged. The model gives logits N×K, is
+        used in evaluation mode and left as it was.
         """
         ...

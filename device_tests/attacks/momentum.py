@@ -7,17 +7,21 @@ As published. Its steps only just reach the edge of the ball, so that it is weak
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
+from device_tests.attacks.ascent import ascend
 from device_tests.attacks.attack import Progress
-from device_tests.attacks.gradients import at_rest, batches, linf_ball, loss_gradient
+from device_tests.attacks.ball import WORDS, check_ball, named
+from device_tests.attacks.gradients import gradients_in, loss_gradient
+from device_tests.perturbation import Norm
 
 
 @dataclass(frozen=True)
 class MomentumFGSM:
-    """L∞ MI-FGSM: ``steps`` steps of ``reach``·ε/``steps`` along the sign of the accumulated gradient.
+    """MI-FGSM: ``steps`` steps of ``reach``·ε/``steps`` along the accumulated gradient (in L∞ along its sign).
 
     It starts at the clean image. ``momentum`` is the paper's decay factor μ; 1.0 adds up all gradients, its best
     setting. ``reach`` = 1 is the paper's step, with which the ball's edge is reached at the last step only.
@@ -26,23 +30,28 @@ class MomentumFGSM:
     steps: int = 10
     momentum: float = 1.0
     reach: float = 1.0
+    norm: Norm = Norm.LINF
+    bf16: bool = False
+
+    def __post_init__(self) -> None:
+        check_ball(self.norm)
 
     @property
     def name(self) -> str:
-        """``"mi-fgsm"``."""
-        return "mi-fgsm"
+        """``"mi-fgsm"`` or ``"mi-fgsm-l2"``."""
+        return named("mi-fgsm", self.norm)
 
     @property
     def description(self) -> str:
         """Norm and budget in words."""
-        return f"MI-FGSM, L∞, {self.steps} steps of {self.reach:g}·ε/{self.steps}, momentum {self.momentum:g}"
+        words = f"{self.steps} steps of {self.reach:g}·ε/{self.steps}, momentum {self.momentum:g}"
+        return f"MI-FGSM, {WORDS[self.norm]}, {words}" + gradients_in(self.bf16)
 
     @property
     def gradients_per_image(self) -> int:
         """One gradient per step."""
         return self.steps
 
-    @torch.no_grad()
     def generate(
         self,
         model: nn.Module,
@@ -57,21 +66,14 @@ class MomentumFGSM:
 
         Nothing is drawn at random: ``seed`` changes nothing.
         """
-        candidates = torch.empty_like(images)
-        step = self.reach * epsilon / self.steps
-        with at_rest(model):
-            for part in batches(images):
-                clean, truth = images[part], labels[part]
-                low, high = linf_ball(clean, epsilon)
-                x, velocity = clean, torch.zeros_like(clean)
-                for _ in range(self.steps):
-                    gradient = loss_gradient(model, x, truth)
-                    norm = gradient.abs().sum(dim=(1, 2, 3), keepdim=True)
-                    # A zero gradient adds nothing instead of dividing by zero.
-                    unit = torch.where(norm > 0, gradient / norm, torch.zeros_like(gradient))
-                    velocity = self.momentum * velocity + unit
-                    x = (x + step * velocity.sign()).clamp(low, high)
-                    if progress is not None:
-                        progress(len(truth))
-                candidates[part] = x
-        return candidates
+        return ascend(
+            model,
+            images,
+            labels,
+            partial(loss_gradient, model, bf16=self.bf16),
+            norm=self.norm,
+            epsilon=epsilon,
+            lengths=[self.reach / self.steps] * self.steps,
+            momentum=self.momentum,
+            progress=progress,
+        )

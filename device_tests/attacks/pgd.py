@@ -9,40 +9,50 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
+from device_tests.attacks.ascent import ascend
 from device_tests.attacks.attack import Progress
-from device_tests.attacks.gradients import at_rest, batches, linf_ball, loss_gradient
+from device_tests.attacks.ball import WORDS, check_ball, named
+from device_tests.attacks.gradients import gradients_in, loss_gradient
+from device_tests.perturbation import Norm
 
 
 @dataclass(frozen=True)
 class PGD:
-    """L∞ PGD: ``steps`` steps, the first of ``reach``·ε, from a uniform start in the ball; the last iterate.
+    """PGD: ``steps`` steps, the first of ``reach``·ε, from a uniform start in the ball; the last iterate.
 
-    ``reach`` = 2 crosses the whole ball at once, as APGD's first step does (Croce and Hein, ICML 2020).
+    ``reach`` = 2 crosses the whole ball at once, as APGD's first step does (Croce and Hein, ICML 2020). In L2 a step
+    goes along the gradient at length 1.
     """
 
     steps: int = 20
     reach: float = 2.0
+    norm: Norm = Norm.LINF
+    bf16: bool = False
+
+    def __post_init__(self) -> None:
+        check_ball(self.norm)
 
     @property
     def name(self) -> str:
-        """``"pgd"``."""
-        return "pgd"
+        """``"pgd"`` or ``"pgd-l2"``."""
+        return named("pgd", self.norm)
 
     @property
     def description(self) -> str:
         """Norm and budget in words."""
-        return f"PGD, L∞, {self.steps} steps from {self.reach:g}·ε to 0 along a cosine, one random start"
+        words = f"{self.steps} steps from {self.reach:g}·ε to 0 along a cosine, one random start"
+        return f"PGD, {WORDS[self.norm]}, {words}" + gradients_in(self.bf16)
 
     @property
     def gradients_per_image(self) -> int:
         """One gradient per step."""
         return self.steps
 
-    @torch.no_grad()
     def generate(
         self,
         model: nn.Module,
@@ -54,20 +64,15 @@ class PGD:
         progress: Progress | None = None,
     ) -> torch.Tensor:
         """Candidates by x ← clip(x + sᵢ·sign ∇ₓL); see :class:`~device_tests.attacks.attack.Attack`."""
-        generator = torch.Generator().manual_seed(seed)
-        candidates = torch.empty_like(images)
         turns = [math.pi * index / self.steps for index in range(self.steps)]
-        lengths = [self.reach * epsilon * (1 + math.cos(turn)) / 2 for turn in turns]
-        with at_rest(model):
-            for part in batches(images):
-                clean, truth = images[part], labels[part]
-                low, high = linf_ball(clean, epsilon)
-                # Drawn on the CPU, so that the start is the same on every device.
-                start = torch.rand(clean.shape, generator=generator).to(clean) * 2 - 1
-                x = (clean + epsilon * start).clamp(low, high)
-                for length in lengths:
-                    x = (x + length * loss_gradient(model, x, truth).sign()).clamp(low, high)
-                    if progress is not None:
-                        progress(len(truth))
-                candidates[part] = x
-        return candidates
+        return ascend(
+            model,
+            images,
+            labels,
+            partial(loss_gradient, model, bf16=self.bf16),
+            norm=self.norm,
+            epsilon=epsilon,
+            lengths=[self.reach * (1 + math.cos(turn)) / 2 for turn in turns],
+            random_start=torch.Generator().manual_seed(seed),
+            progress=progress,
+        )

@@ -31,12 +31,16 @@ from pydantic import (
 from typing_extensions import TypeAliasType
 
 from device_tests.evidence import Measured, Proportion, SelfCheck
+from device_tests.perturbation import Perturbation
 from device_tests.release_rule import Decision, ReleaseRule
 from device_tests.threats import Threat
 from exporters.measured import NotMeasured
+from keys.errors import InputError
 from keys.files import write_atomic
 
 if TYPE_CHECKING:
+    from device_tests.canaries import Canaries
+    from device_tests.package_judgement import PackageJudgement
     from device_tests.transfer import TargetJudgement
 
 SCHEMA_PATH = Path(__file__).with_name("schema.json")
@@ -120,8 +124,18 @@ class _Model(BaseModel):
     )
 
 
+def _perturbation_code(text: str) -> str:
+    try:
+        return Perturbation.parse(text).code
+    except InputError as error:
+        raise ValueError(str(error)) from error
+
+
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
+PerturbationCode = Annotated[
+    str, AfterValidator(_perturbation_code), Field(description="norm and size, e.g. linf:0.03 or l2:0.5")
+]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -181,6 +195,8 @@ class SelfCheckBudget(_Model):
 class VerificationReport(_Model):
     """What was attacked, and how hard."""
 
+    budget: str
+    """quick, standard or full; the settings have every number of it."""
     epsilon: float = Field(gt=0, le=1)
     """L-infinity radius on inputs in [0, 1]."""
     images: int = Field(ge=1)
@@ -302,7 +318,7 @@ class CellReport(_Model):
     threat: str
     """What the source is to this target; T5 where the two are one model."""
     attack: str
-    epsilon: float = Field(gt=0, le=1)
+    perturbation: PerturbationCode
     fooled: ProportionJSON | NotMeasuredJSON
 
 
@@ -320,6 +336,54 @@ class ThreatResultReport(_Model):
     threat: str
     sources: tuple[str, ...]
     worst: ProportionJSON | NotMeasuredJSON
+
+
+class ClassResult(_Model):
+    """The per-image worst over every attack of the rule, among the images of one class."""
+
+    label: str
+    worst: ProportionJSON | NotMeasuredJSON
+
+
+class FormatUnderAttack(_Model):
+    """An exported format beside torch, on the first ``images`` of the attacks that were made on the public base."""
+
+    format: str
+    runtime: str
+    images: int = Field(ge=1)
+    fooled: ProportionJSON | NotMeasuredJSON
+    torch_fooled: ProportionJSON | NotMeasuredJSON
+    torch_only: Count
+    """Images that fool torch alone, of those that both get right when clean."""
+    format_only: Count
+    differing: ProportionJSON
+    """Adversarial images of which the format's class differs from torch's."""
+    largest_difference: Annotated[float | None, Field(ge=0), BeforeValidator(_finite)]
+    """Largest difference of a logit, over the largest logit; null where a logit was not finite."""
+
+
+class FormatNotAttacked(_Model):
+    """A format that saw no adversarial image, and why."""
+
+    format: str
+    not_measured: str
+
+
+class CanaryReport(_Model):
+    """One sign of gradient masking: whether it passed, and a sentence."""
+
+    name: str
+    passed: bool | NotMeasuredJSON
+    sentence: str
+
+
+class CanariesReport(_Model):
+    """The gradient-masking list of one model; with a failed canary its figures look better than they are."""
+
+    images: Count
+    perturbation: PerturbationCode
+    passed: bool
+    results: tuple[CanaryReport, ...]
 
 
 class ConditionReport(_Model):
@@ -407,6 +471,10 @@ class TargetReport(_Model):
     threats: tuple[ThreatResultReport, ...]
     worst_case: ProportionJSON | NotMeasuredJSON
     """The per-image worst over every attack of every threat in the rule."""
+    by_class: tuple[ClassResult, ...]
+    formats: tuple[FormatUnderAttack | FormatNotAttacked, ...] | NotMeasuredJSON
+    """Every exported format under attack, beside torch."""
+    canaries: CanariesReport | NotMeasuredJSON
     decision: DecisionReport
     package: Annotated[str | None, AfterValidator(_inside)]
     """Folder of the signed package, relative to this report; null where there is none."""
@@ -486,7 +554,7 @@ def cells_of(judgement: TargetJudgement) -> tuple[CellReport, ...]:
             source=cell.source,
             threat=cell.threat.code,
             attack=cell.attack,
-            epsilon=cell.epsilon,
+            perturbation=cell.perturbation.code,
             fooled=cell.fooled,
         )
         for cell in judgement.cells
@@ -503,7 +571,8 @@ def by_source_of(judgement: TargetJudgement) -> tuple[SourceResult, ...]:
     for source in dict.fromkeys(cell.source for cell in judgement.cells):
         cells = [cell for cell in judgement.cells if cell.source == source]
         reasons = [cell.fooled.reason for cell in cells if isinstance(cell.fooled, NotMeasured)]
-        if len(reasons) == len(cells):
+        broken = any((source, cell.attack) not in judgement.predictions for cell in cells)
+        if broken or len(reasons) == len(cells):
             worst: Measured = NotMeasured("; ".join(dict.fromkeys(reasons)))
         else:
             fooled = np.any([judgement.fooled(source, cell.attack) for cell in cells], axis=0)
@@ -517,6 +586,64 @@ def threats_of(judgement: TargetJudgement) -> tuple[ThreatResultReport, ...]:
     return tuple(
         ThreatResultReport(threat=result.threat.code, sources=result.sources, worst=result.fooled)
         for result in judgement.threats
+    )
+
+
+def by_class_of(judgement: TargetJudgement, labels: Sequence[str]) -> tuple[ClassResult, ...]:
+    """Return the worst case of the rule's threats for the images of each class."""
+    worst = judgement.worst_fooled
+    truth = judgement.labels[judgement.correct]
+    results: list[ClassResult] = []
+    for index, label in enumerate(labels):
+        if isinstance(worst, NotMeasured):
+            figure: Measured = worst
+        elif not (truth == index).any():
+            figure = NotMeasured("the target gets none of this class right")
+        else:
+            figure = Proportion(int(worst[truth == index].sum()), int((truth == index).sum()))
+        results.append(ClassResult(label=label, worst=figure))
+    return tuple(results)
+
+
+def formats_of(
+    judged: PackageJudgement | NotMeasured,
+) -> tuple[FormatUnderAttack | FormatNotAttacked, ...] | NotMeasured:
+    """Return every format of a package under attack."""
+    if isinstance(judged, NotMeasured):
+        return judged
+    rows: list[FormatUnderAttack | FormatNotAttacked] = []
+    for name, found in judged.formats.items():
+        if isinstance(found, NotMeasured):
+            rows.append(FormatNotAttacked(format=name, not_measured=found.reason))
+            continue
+        rows.append(
+            FormatUnderAttack(
+                format=name,
+                runtime=found.runtime,
+                images=found.images,
+                fooled=found.fooled,
+                torch_fooled=found.torch_fooled,
+                torch_only=found.torch_only,
+                format_only=found.format_only,
+                differing=found.differing,
+                largest_difference=found.largest_difference,
+            )
+        )
+    return tuple(rows)
+
+
+def canaries_report(canaries: Canaries | None) -> CanariesReport | NotMeasured:
+    """Return the gradient-masking list of one model; without one, why not."""
+    if canaries is None:
+        return NotMeasured("this budget looks for no gradient masking; --budget standard does")
+    return CanariesReport(
+        images=canaries.images,
+        perturbation=canaries.perturbation.code,
+        passed=canaries.passed,
+        results=tuple(
+            CanaryReport(name=canary.name, passed=canary.verdict, sentence=canary.sentence)
+            for canary in canaries.results
+        ),
     )
 
 

@@ -159,6 +159,12 @@ def image_uri(image: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
+def difference_times_ten(clean: np.ndarray, adversarial: np.ndarray) -> np.ndarray:
+    """Ten times the change of every value around mid-grey (128 = unchanged), clipped to uint8."""
+    change = adversarial.astype(np.int16) - clean.astype(np.int16)
+    return np.clip(128 + 10 * change, 0, 255).astype(np.uint8)
+
+
 def _channels(color: str) -> np.ndarray:
     return np.array([int(color[index : index + 2], 16) for index in (1, 3, 5)], dtype=np.float64)
 

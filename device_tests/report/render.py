@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from pydantic import JsonValue
 
 from device_tests.evidence import Measured, Proportion
 from device_tests.report.document import ParityReport, ReportDocument, TargetReport
+from device_tests.report.figure_files import FIGURES, write_figures
 from device_tests.report.figures import (
     HEAT_STEPS,
     IntervalPlot,
@@ -32,6 +32,9 @@ from device_tests.report.figures import (
     heat_step,
     image_uri,
 )
+from device_tests.report.figures import difference_times_ten as difference_times_ten
+from device_tests.report.fleet_figures import ClassFigures, classes_by_target, fleet_charts
+from device_tests.report.fleet_figures import Example as Example
 from exporters.measured import NotMeasured
 from keys.files import write_atomic
 
@@ -42,41 +45,6 @@ REPORT_HTML = "report.html"
 _THIN = "\u202f"
 _PIXELATED_BELOW = 128
 """Images smaller than this are enlarged on the page, and then by whole pixels."""
-
-
-@dataclass(frozen=True, eq=False)
-class Example:
-    """One attacked image: what it was, what the device's model sees of it, what became of it.
-
-    ``label``: the true class; ``predicted``: the class that the device gives to the adversarial image.
-    ``clean``, ``keyed`` (the clean image behind a block shuffle by a key that is no secret), ``adversarial`` and
-    ``difference`` (:func:`difference_times_ten`): uint8 C×H×W of one shape, C = 1 or 3. Raises ``ValueError`` for
-    anything else.
-    """
-
-    device_id: str
-    source_id: str
-    attack: str
-    label: str
-    predicted: str
-    clean: np.ndarray
-    keyed: np.ndarray
-    adversarial: np.ndarray
-    difference: np.ndarray
-
-    def __post_init__(self) -> None:
-        shape = self.clean.shape
-        for image in (self.clean, self.keyed, self.adversarial, self.difference):
-            if image.dtype != np.uint8 or image.shape != shape or len(shape) != 3 or shape[0] not in (1, 3):
-                raise ValueError(
-                    f"an example image must be uint8 C×H×W like the others, not {image.dtype} {image.shape}"
-                )
-
-
-def difference_times_ten(clean: np.ndarray, adversarial: np.ndarray) -> np.ndarray:
-    """Ten times the change of every value around mid-grey (128 = unchanged), clipped to uint8."""
-    change = adversarial.astype(np.int16) - clean.astype(np.int16)
-    return np.clip(128 + 10 * change, 0, 255).astype(np.uint8)
 
 
 class Notes:
@@ -96,8 +64,43 @@ class Notes:
         return self.reasons[reason]
 
 
-def render_html(document: ReportDocument, examples: Sequence[Example]) -> str:
-    """Return the whole page; it depends on its two arguments alone."""
+def render_html(document: ReportDocument, examples: Sequence[Example], by_class: Sequence[ClassFigures] = ()) -> str:
+    """Return the whole page; it depends on its arguments alone.
+
+    ``by_class``: the worst case of every class, for the targets that have it.
+    """
+    environment = page_environment()
+    style = styled()
+    page = environment.get_template("report.html.j2").render(
+        document=document,
+        examples=examples,
+        style=Markup(style),
+        style_hash=policy_hash(style),
+        released=sum(device.decision.released for device in document.devices),
+        conclusion=conclusion(document),
+        control_verdict=control_verdict(document),
+        risk_of_any=1 - (1 - document.rule.alpha) ** document.rule.tests,
+        accuracy_plot=_accuracy_plot(document),
+        worst_plot=_worst_plot(document),
+        by_source=_by_source(document),
+        attacked=_attacked(document),
+        classes=classes_by_target(document, by_class),
+        threat_cells=_threat_cells(document),
+        threats={threat.code: threat for threat in document.verification.threats},
+        used_threats=_used_threats(document),
+        settings=_flat(document.settings),
+        agreement=_agreement,
+        difference_interval=difference_interval,
+        new_notes=Notes,
+        heat_steps=HEAT_STEPS,
+        json_name=REPORT_JSON,
+        figures_name=FIGURES,
+    )
+    return page.strip() + "\n"
+
+
+def page_environment() -> Environment:
+    """Return what renders the pages: strict about missing values, escaping, with filters that write numbers."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -113,39 +116,29 @@ def render_html(document: ReportDocument, examples: Sequence[Example]) -> str:
     tests: dict[str, Any] = environment.tests
     tests["measured"] = lambda figure: isinstance(figure, Proportion)
     tests["compared"] = lambda parity: isinstance(parity, ParityReport)
-    style = (TEMPLATES / "report.css").read_text(encoding="utf-8") + _heat_css()
-    page = environment.get_template("report.html.j2").render(
-        document=document,
-        examples=examples,
-        style=Markup(style),
-        style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
-        released=sum(device.decision.released for device in document.devices),
-        conclusion=conclusion(document),
-        control_verdict=control_verdict(document),
-        risk_of_any=1 - (1 - document.rule.alpha) ** document.rule.tests,
-        accuracy_plot=_accuracy_plot(document),
-        worst_plot=_worst_plot(document),
-        by_source=_by_source(document),
-        attacked=_attacked(document),
-        threat_cells=_threat_cells(document),
-        threats={threat.code: threat for threat in document.verification.threats},
-        used_threats=_used_threats(document),
-        settings=_flat(document.settings),
-        agreement=_agreement,
-        difference_interval=difference_interval,
-        new_notes=Notes,
-        heat_steps=HEAT_STEPS,
-        json_name=REPORT_JSON,
-    )
-    return page.strip() + "\n"
+    return environment
 
 
-def write_report(folder: Path, document: ReportDocument, examples: Sequence[Example]) -> None:
-    """Write report.json and report.html into ``folder``, each whole or not at all.
+def styled(*more: str) -> str:
+    """Return the style that all pages share, then that of the further files among the templates."""
+    sheets = [(TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", *more)]
+    return "".join(sheets) + _heat_css()
+
+
+def policy_hash(style: str) -> str:
+    """Return what the page's policy calls its style by: the SHA-256 in base 64."""
+    return base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+
+
+def write_report(
+    folder: Path, document: ReportDocument, examples: Sequence[Example], by_class: Sequence[ClassFigures] = ()
+) -> None:
+    """Write report.json, report.html and figures/*.svg into ``folder``, each whole or not at all.
 
     The page is rendered before anything is written. Raises :class:`StorageError` if the disk is full.
     """
-    page = render_html(document, examples)
+    page = render_html(document, examples, by_class)
+    write_figures(folder / FIGURES, *fleet_charts(document, by_class, examples))
     write_atomic(folder / REPORT_JSON, document.to_bytes())
     write_atomic(folder / REPORT_HTML, page.encode())
 

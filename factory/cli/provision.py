@@ -34,6 +34,9 @@ def provision_command(
     rank: Annotated[int | None, typer.Option(help="LoRA rank r.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of fine-tuning per device.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate of fine-tuning.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="How hard the devices are attacked: quick (default), standard or full.")
+    ] = None,
     epsilon: Annotated[float | None, typer.Option(help="L-infinity budget of the attacks, in [0, 1].")] = None,
     images: Annotated[int | None, typer.Option(help="Test images that are attacked.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of all public randomness (keys never depend on it).")] = None,
@@ -62,7 +65,8 @@ def provision_command(
         "base.random_weights": random_weights, "data.name": data, "data.root": data_root,
         "recipe.block_size": block_size, "recipe.adaptation": adaptation, "recipe.rank": rank,
         "recipe.training.epochs": epochs, "recipe.training.learning_rate": learning_rate,
-        "verification.epsilon": epsilon, "verification.images": images, "seed": seed,
+        "verification.budget": budget, "verification.epsilon": epsilon, "verification.images": images,
+        "seed": seed,
     }  # fmt: skip
     folder = FleetFolder(out)
     values = folder.stored_settings().model_dump(mode="json") if folder.settings.is_file() else {}
@@ -99,8 +103,8 @@ def fleet_table(findings: Findings) -> Any:
         table.add_column(heading)
     table.add_column("decision")
     table.add_column("package", overflow="fold", min_width=24)
-    for verdict in (*findings.verdicts, findings.control):
-        control = verdict is findings.control
+    for verdict in (*findings.verdicts, *findings.controls):
+        control = verdict in findings.controls
         results = {result.threat: result.fooled for result in verdict.judgement.threats}
         passed = [not isinstance(parity, NotMeasured) and parity.passed for parity in verdict.parity.values()]
         decision = "released" if verdict.decision.released else "rejected"

@@ -1,0 +1,33 @@
+"""The studies by name: what runs each spec, and where its results go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from device_tests.report.study_document import StudyDocument
+from device_tests.report.study_render import write_study
+from factory.progress import Progress
+from factory.studies.collusion import collusion
+from factory.studies.localized import localized
+from factory.studies.spec import AnySpec, CollusionSpec, LocalizedSpec, Table1Spec
+from factory.studies.table1 import table1
+from factory.studies.whitebox import whitebox
+from factory.studies.workbench import open_workbench
+
+
+def run_study(spec: AnySpec, name: str, out: Path, progress: Progress, command: str) -> StudyDocument:
+    """Run a study in the studies' folder ``out`` and write study.json, study.md, study.html and figures/ below it.
+
+    The results go to ``out/name``. What an interrupted run finished is kept and not done again.
+    """
+    with open_workbench(out, spec, progress) as bench:
+        if isinstance(spec, Table1Spec):
+            document = table1(bench, spec, command)
+        elif isinstance(spec, CollusionSpec):
+            document = collusion(bench, spec, command)
+        elif isinstance(spec, LocalizedSpec):
+            document = localized(bench, spec, command)
+        else:
+            document = whitebox(bench, spec, command)
+        write_study(out / name, document, {})
+    return document

@@ -1,0 +1,155 @@
+"""What a study is asked to do: one small file per study, checked before anything starts.
+
+A spec names its arms (recipes with or without keys, each with a number of models), the perturbations, and how many
+images are attacked. The shipped ones are in ``factory/assets/studies``; ``--spec`` takes any other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
+
+from device_tests.perturbation import Perturbation
+from factory.settings import BaseSettings, DataSettings, RecipeSettings, Section, TrainingSettings, read_fleet_file
+from factory.studies.zoo import Arm
+from keys.errors import InputError
+
+_SHIPPED = Path(__file__).parent.parent / "assets" / "studies"
+
+
+def _perturbation(text: str) -> str:
+    try:
+        Perturbation.parse(text)
+    except InputError as error:
+        raise ValueError(str(error)) from error
+    return text
+
+
+PerturbationText = Annotated[str, AfterValidator(_perturbation)]
+
+
+def _arm_name(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,40}", text):
+        raise ValueError("an arm's name is of a-z, 0-9 and '-'")
+    return text
+
+
+class ArmSettings(Section):
+    """One row of a study: a recipe, and how many models of it there are."""
+
+    name: Annotated[str, AfterValidator(_arm_name)]
+    adaptation: Literal["lora", "full", "patch-embedding-head"] = "lora"
+    block_size: int | None = Field(default=None, ge=1, description="M; none: no key, a control")
+    reinitialise_patch_embedding: bool = False
+    models: int = Field(default=3, ge=2, description="each is a target, and a guessed key to all the others")
+    images: int | None = Field(default=None, ge=1, description="test images that are attacked; default: the study's")
+    in_depth: bool = Field(default=False, description="also the norms and ensembles that the screened arms go without")
+
+
+class Spec(Section):
+    """What all studies share."""
+
+    seed: int = Field(default=0, ge=0)
+    data: DataSettings = DataSettings()
+    base: BaseSettings = BaseSettings()
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=16.0, gt=0)
+    lora_training: TrainingSettings = TrainingSettings()
+    full_training: TrainingSettings = TrainingSettings(learning_rate=5e-4)
+    images: int = Field(default=300, ge=2, description="test images that are attacked")
+    momentum_steps: int = Field(default=20, ge=1, description="steps of the attacks with momentum")
+    strong_images: int = Field(default=80, ge=1, description="images of the self-check")
+    strong_steps: int = Field(default=30, ge=1)
+    strong_targets: int = Field(default=3, ge=1)
+    arms: tuple[ArmSettings, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Spec:
+        names = [arm.name for arm in self.arms]
+        if len(set(names)) < len(names):
+            raise ValueError("two arms have one name")
+        return self
+
+    def arm(self, settings: ArmSettings) -> Arm:
+        """The arm that the settings state."""
+        full = settings.adaptation == "full"
+        recipe = RecipeSettings(
+            adaptation=settings.adaptation, block_size=settings.block_size, rank=self.rank, alpha=self.alpha,
+            reinitialise_patch_embedding=settings.reinitialise_patch_embedding,
+            training=self.full_training if full else self.lora_training,
+        )  # fmt: skip
+        return Arm(settings.name, recipe, keyed=settings.block_size is not None)
+
+
+class Table1Spec(Spec):
+    """The key-based paper's Table I, with the attackers and controls that it lacks."""
+
+    study: Literal["table1"]
+    perturbation: PerturbationText = Field(default="linf:4/255", description="of AutoAttack, as in the paper")
+    perturbation_l2: PerturbationText | None = Field(default=None, description="of AutoAttack on the arms in depth")
+    perturbation_transfer: PerturbationText = Field(default="linf:8/255", description="of the transfer attacks")
+    ensembles: tuple[int, ...] = Field(default=(1, 4), description="guessed keys beside the base, arms in depth")
+    screened_ensemble: int = Field(default=2, ge=1, description="guessed keys beside the base, all other arms")
+    transfer_attacks: tuple[str, ...] = ("mi-di",)
+    autoattack_images: int = Field(default=300, ge=2)
+
+
+class CollusionSpec(Spec):
+    """Fooling rate against the number of colluding devices."""
+
+    study: Literal["collusion"]
+    perturbation: PerturbationText = "linf:8/255"
+    colluding: tuple[int, ...] = (1, 2, 3, 4, 6, 8)
+    attacks: tuple[str, ...] = ("mi-di",)
+    fleet_size: int = Field(default=10_000, ge=2, description="the fleet that the trend is asked about")
+
+
+class WhiteboxSpec(Spec):
+    """The conformity-loss paper's white-box and black-box suite (its Table 2)."""
+
+    study: Literal["whitebox"]
+    epsilon: PerturbationText = "linf:0.3"
+    further: tuple[PerturbationText, ...] = Field(default=(), description="smaller balls beside the paper's")
+    carlini_wagner: PerturbationText = "l2:1.5"
+    carlini_wagner_constant: float = Field(default=10.0, gt=0, description="c, the initial trade-off")
+    carlini_wagner_steps: int = Field(default=100, ge=1)
+    autoattack: bool = True
+
+
+class LocalizedSpec(Spec):
+    """N pixels and patches, as in the volumization paper (its Figure 3)."""
+
+    study: Literal["localized"]
+    pixels: tuple[int, ...] = (1, 2, 4, 8, 16)
+    patches: tuple[float, ...] = (0.05, 0.1, 0.25)
+    queries: int = Field(default=300, ge=10, description="per image, for the sparse random search")
+    patch_steps: int = Field(default=200, ge=1)
+    patch_images: int = Field(default=500, ge=1, description="training images that the universal patch is made on")
+
+
+AnySpec = Table1Spec | CollusionSpec | WhiteboxSpec | LocalizedSpec
+_READER: TypeAdapter[AnySpec] = TypeAdapter(Annotated[AnySpec, Field(discriminator="study")])
+
+
+def shipped_studies() -> tuple[str, ...]:
+    """Names of the specs that come with the program."""
+    return tuple(sorted(path.stem for path in _SHIPPED.glob("*.toml")))
+
+
+def read_spec(name: str, path: Path | None = None, options: Mapping[str, Any] | None = None) -> AnySpec:
+    """The shipped spec of this name, or the file ``path``, with ``options`` over it; raises InputError."""
+    if path is None:
+        if name not in shipped_studies():
+            raise InputError(f"There is no study {name!r}; there are {', '.join(shipped_studies())}.")
+        path = _SHIPPED / f"{name}.toml"
+    values = read_fleet_file(path) | {name: value for name, value in (options or {}).items() if value is not None}
+    try:
+        return _READER.validate_python(values)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = ".".join(str(part) for part in fault["loc"]) or "the spec"
+        raise InputError(f"In {path}, {place}: {fault['msg']} (got {str(fault.get('input'))[:80]!r}).") from error

@@ -1,0 +1,80 @@
+"""From what a study found to its document: the header that all studies share, and cells with their intervals."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+
+from device_tests.accuracy import accuracy
+from device_tests.evidence import Proportion
+from device_tests.fleet_statistics import FleetDifference, FleetRate
+from device_tests.report.document import BaseReport, DataReport, now
+from device_tests.report.study_document import (
+    BudgetLine,
+    Cell,
+    DifferenceFigure,
+    FleetFigure,
+    Highlight,
+    Section,
+    StudyDocument,
+)
+from exporters.measured import NotMeasured
+from exporters.run_torch import TorchRuntime
+from factory.fleet_report import this_machine
+from factory.packaging import tool_versions
+from factory.studies.workbench import FleetMeasured, Workbench
+
+
+def cell(value: FleetMeasured) -> Cell:
+    """A figure as a cell of a document."""
+    return FleetFigure.model_validate(value) if isinstance(value, FleetRate) else value
+
+
+def complement(value: FleetMeasured) -> FleetMeasured:
+    """One minus a rate: retention for fooling, success of the defence for success of the attack."""
+    if isinstance(value, NotMeasured):
+        return value
+    if isinstance(value, Proportion):
+        return Proportion(value.n - value.successes, value.n)
+    return FleetRate(1 - value.mean, 1 - value.high, 1 - value.low, value.devices, value.images, value.method)
+
+
+def difference(value: FleetDifference | NotMeasured) -> DifferenceFigure | NotMeasured:
+    """A difference as a cell of a document."""
+    return value if isinstance(value, NotMeasured) else DifferenceFigure.model_validate(value)
+
+
+def in_words(value: FleetDifference | NotMeasured) -> str:
+    """A difference with its interval, for a sentence."""
+    if isinstance(value, NotMeasured):
+        return f"not measured: {value.reason}"
+    return (
+        f"{value.difference:+.3f} [{value.low:+.3f}, {value.high:+.3f}] ({value.devices[0]} and {value.devices[1]} "
+        f"devices × {value.images} images)"
+    )
+
+
+def study_document(
+    bench: Workbench, *, name: str, title: str, conclusion: Sequence[str], highlights: Mapping[str, FleetMeasured],
+    budgets: Sequence[BudgetLine], sections: Sequence[Section], command: str,
+) -> StudyDocument:  # fmt: skip
+    """The document of one study on one base and data set."""
+    spec, splits, test = bench.spec, bench.splits, bench.splits.test
+    clean = accuracy(TorchRuntime(bench.base_model), test.images.numpy(), test.labels.numpy())
+    base = BaseReport(
+        name=spec.base.name, digest=bench.base.digest,
+        parameters=sum(p.numel() for p in bench.base.vit.parameters()), clean=clean,
+    )  # fmt: skip
+    data = DataReport(
+        name=splits.name, digest=splits.digest, train=len(splits.train), validation=len(splits.validation),
+        test=len(test), skipped=splits.train.skipped + test.skipped, labels=splits.labels,
+    )  # fmt: skip
+    return StudyDocument(
+        schema=1, keyfoundry=importlib.metadata.version("keyfoundry"), created=now(), study=name, title=title,
+        conclusion=tuple(conclusion),
+        highlights=tuple(Highlight(label=label, figure=cell(value)) for label, value in highlights.items()),
+        command=command, spec=spec.model_dump(mode="json"), versions=tool_versions(), seed=spec.seed,
+        machine=this_machine(),
+        seconds={stage: round(seconds, 2) for stage, seconds in bench.progress.seconds.items()},
+        bases=(base,), data=(data,), budgets=tuple(budgets), sections=tuple(sections),
+    )  # fmt: skip

@@ -1,0 +1,363 @@
+"""The key-based paper's Table I at this machine's scale, with the attackers and controls that it lacks.
+
+The paper's columns: clean accuracy, AutoAttack on the pre-trained model (non-adaptive), AutoAttack on a model that was
+fine-tuned with a guessed key (adaptive). Beside them: ensembles of the base and several keys under attacks that are
+made to transfer, the un-keyed controls, and what the models have in common.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from device_tests.accuracy import predict
+from device_tests.attacks.attack import Attack
+from device_tests.attacks.autoattack import AutoAttack
+from device_tests.attacks.catalogue import named_attacks
+from device_tests.fleet_statistics import FleetDifference, FleetRate, group_difference
+from device_tests.perturbation import Norm, Perturbation
+from device_tests.report.study_document import BudgetLine, HeatMap, HeatRow, Section, StudyDocument, Table, TableCell
+from device_tests.threats import Threat
+from device_tests.transfer import TargetJudgement
+from exporters.measured import NotMeasured
+from exporters.run_torch import TorchRuntime
+from factory.classifier import ImageClassifier
+from factory.studies.spec import ArmSettings, Table1Spec
+from factory.studies.study_report import cell, complement, difference, study_document
+from factory.studies.workbench import (
+    FleetMeasured,
+    Pick,
+    Workbench,
+    clean_accuracy,
+    fooling,
+    one_model,
+    robust_accuracy,
+    worst_over,
+)
+from factory.studies.zoo import Member
+
+NOT_RUN = NotMeasured("this arm was screened without it")
+
+
+@dataclass(frozen=True, eq=False)
+class Attacker:
+    """One column: who attacks, with what, and how to read it from a judgement. ``threat``: for the heat map."""
+
+    name: str
+    threat: Threat
+    pick: Pick
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One arm: its models, and their judgements per perturbation."""
+
+    arm: ArmSettings
+    members: list[Member]
+    judged: dict[Perturbation, list[TargetJudgement]]
+
+    def rate(self, perturbation: Perturbation, attacker: Attacker) -> FleetMeasured:
+        """The fooling rate over the arm's models, or why there is none."""
+        found = self.judged.get(perturbation)
+        return NOT_RUN if found is None else fooling(found, attacker.pick)
+
+
+def table1(bench: Workbench, spec: Table1Spec, command: str) -> StudyDocument:
+    """Train what is missing, attack, judge, and write it down."""
+    strict, transfer = Perturbation.parse(spec.perturbation), Perturbation.parse(spec.perturbation_transfer)
+    second = Perturbation.parse(spec.perturbation_l2) if spec.perturbation_l2 else None
+    rows = [_row(bench, spec, arm, strict, second, transfer) for arm in spec.arms]
+    non_adaptive = Attacker("base", Threat.PUBLIC_BASE, worst_over([Threat.PUBLIC_BASE]))
+    adaptive = Attacker("guessed key", Threat.GUESSED_KEY, worst_over([Threat.GUESSED_KEY]))
+    several = Attacker("base and several keys", Threat.COLLUDING_DEVICES, worst_over([Threat.COLLUDING_DEVICES]))
+    worst = Attacker("worst case of these", Threat.COLLUDING_DEVICES, worst_over())
+    sections = [
+        _accuracy_section(bench, spec, rows, strict, second, [non_adaptive, adaptive]),
+        _transfer_section(spec, rows, transfer, [non_adaptive, adaptive, several, worst]),
+        _controls_section(rows, {strict: [non_adaptive, adaptive], transfer: [several, worst]}),
+        _why_section(bench, rows),
+    ]
+    highlights: dict[str, FleetMeasured] = {}
+    for row in rows:
+        if row.arm.in_depth:
+            highlights[f"{row.arm.name}: retention, AutoAttack on a guessed key, {strict}"] = complement(
+                row.rate(strict, adaptive)
+            )
+    return study_document(
+        bench, name="table1", title="Do keys protect? Table I, with stronger attackers and controls",
+        conclusion=_conclusion(rows, strict, transfer, adaptive, worst), highlights=highlights,
+        budgets=_budgets(bench, spec), sections=sections, command=command,
+    )  # fmt: skip
+
+
+def autoattack(spec: Table1Spec, perturbation: Perturbation) -> AutoAttack:
+    """AutoAttack as the paper ran it: the standard version."""
+    return AutoAttack(norm=perturbation.norm)
+
+
+def transfer_attacks(spec: Table1Spec) -> tuple[Attack, ...]:
+    """The attacks that are made to transfer."""
+    return named_attacks(spec.transfer_attacks, pgd_steps=spec.momentum_steps, momentum_steps=spec.momentum_steps)
+
+
+def _row(
+    bench: Workbench, spec: Table1Spec, arm: ArmSettings, strict: Perturbation, second: Perturbation | None,
+    transfer: Perturbation,
+) -> Row:  # fmt: skip
+    members = bench.members(arm)
+    judged: dict[Perturbation, list[TargetJudgement]] = {}
+    few = bench.images(arm, spec.autoattack_images)
+    for perturbation in (strict, second if arm.in_depth else None):
+        if perturbation is not None:
+            attacks = (autoattack(spec, perturbation),)
+            sources = [bench.base_source(), *bench.other_keys(members, 1)]
+            made = [bench.attack(source, attacks, perturbation, few) for source in sources]
+            judged[perturbation] = [bench.judge(member.id, member.baked, made, few) for member in members]
+    all_of_them = bench.images(arm)
+    sources = [bench.base_source(), *bench.other_keys(members, 1)]
+    for count in spec.ensembles if arm.in_depth else (spec.screened_ensemble,):
+        if count < len(members):
+            sources += bench.ensemble_with_base(members, count)
+    made = [bench.attack(source, transfer_attacks(spec), transfer, all_of_them) for source in sources]
+    judged[transfer] = [bench.judge(member.id, member.baked, made, all_of_them) for member in members]
+    return Row(arm, members, judged)
+
+
+def _accuracy_section(
+    bench: Workbench, spec: Table1Spec, rows: Sequence[Row], strict: Perturbation, second: Perturbation | None,
+    attackers: Sequence[Attacker],
+) -> Section:  # fmt: skip
+    perturbations = [strict] if second is None else [strict, second]
+    few = bench.images(None, spec.autoattack_images)
+    plain: list[str | FleetMeasured] = ["plain (the public base)", "none trained"]
+    truth = few.labels.astype(np.int64)
+    right = predict(TorchRuntime(bench.base_model), few.images) == truth
+    plain.append(one_model(right, np.ones_like(right)))
+    kept: list[str | FleetMeasured] = ["plain (the public base)"]
+    for perturbation in perturbations:
+        made = bench.attack(bench.base_source(), (autoattack(spec, perturbation),), perturbation, few)
+        for attacker in attackers:
+            if attacker.threat is not Threat.PUBLIC_BASE:
+                plain.append("no key to guess")
+                kept.append("no key to guess")
+                continue
+            judgement = bench.judge("plain", bench.base_model, [made], few)
+            plain.append(robust_accuracy([judgement], attacker.pick))
+            kept.append(complement(fooling([judgement], attacker.pick)))
+    body, retained = [tuple(_cell(value) for value in plain)], [tuple(_cell(value) for value in kept)]
+    for row in rows:
+        line: list[str | FleetMeasured] = [
+            row.arm.name, f"{row.members[0].model.trainable_parameters:,} parameters",
+            clean_accuracy(row.judged[strict]),
+        ]  # fmt: skip
+        left: list[str | FleetMeasured] = [row.arm.name]
+        for perturbation in perturbations:
+            for attacker in attackers:
+                found = row.judged.get(perturbation)
+                line.append(NOT_RUN if found is None else robust_accuracy(found, attacker.pick))
+                left.append(complement(row.rate(perturbation, attacker)))
+        body.append(tuple(_cell(value) for value in line))
+        retained.append(tuple(_cell(value) for value in left))
+    heads = [f"AutoAttack on the {a.name}, {p}" for p in perturbations for a in attackers]
+    caption = (
+        "Accuracy over all attacked images, as in the paper. Adversarial images are rounded to 8 bits; the plain model "
+        "is attacked itself. Every model of an arm is a target, and a guessed key to the others."
+    )
+    return Section(
+        title="Table I",
+        prose=(
+            "Arms are named by how they were adapted and by the block size M of their keys; un-keyed and "
+            "re-initialised arms are controls by the same recipe.",
+        ),
+        blocks=(
+            Table(
+                title="Accuracy", caption=caption, columns=("model", "trained", "clean", *heads), rows=tuple(body)
+            ),
+            Table(
+                title="Retention", caption="Among the images that a model gets right when clean, the share that it "
+                "still gets right when attacked.", columns=("model", *heads), rows=tuple(retained),
+            ),
+        ),
+    )  # fmt: skip
+
+
+def _transfer_section(
+    spec: Table1Spec, rows: Sequence[Row], transfer: Perturbation, attackers: Sequence[Attacker]
+) -> Section:
+    names = ", ".join(attack.description for attack in transfer_attacks(spec))
+    heat = HeatMap(
+        title=f"Fooling rate, {transfer}",
+        caption=f"Attacks: {names}. An arm's column is the mean over its models. A model with another key of the same "
+        "arm is at once a guessed key, an extracted sibling and a colluding device: all are made in the same way.",
+        row_label="Attacker holds", column_label="Arm attacked",
+        rows=tuple(HeatRow(name=a.name, threat=a.threat.code, note=a.threat.sentence) for a in attackers),
+        columns=tuple(row.arm.name for row in rows),
+        cells=tuple(tuple(cell(row.rate(transfer, a)) for row in rows) for a in attackers),
+    )  # fmt: skip
+    per_ensemble: list[tuple[TableCell, ...]] = []
+    for row in rows:
+        for count in spec.ensembles if row.arm.in_depth else (spec.screened_ensemble,):
+            if count < len(row.members):
+                pick = _from_ensemble(count)
+                per_ensemble.append((row.arm.name, f"base and {count}", cell(fooling(row.judged[transfer], pick))))
+    table = Table(
+        title="By size of the ensemble", caption="Fooling rate of the attacks on the base and so many other keys.",
+        columns=("arm", "attacker holds", f"fooled, {transfer}"), rows=tuple(per_ensemble),
+    )  # fmt: skip
+    return Section(
+        title="Attacks that are made to transfer",
+        prose=("AutoAttack stops at the first success, so that its images hardly cross the boundary.",),
+        blocks=(heat, table),
+    )
+
+
+def _from_ensemble(count: int) -> Pick:
+    def pick(judgement: TargetJudgement) -> np.ndarray | NotMeasured:
+        mark = f"-base-and-{count}-" if count > 1 else "-and-base"
+        chosen = [c for c in judgement.cells if mark in c.source and c.threat is Threat.COLLUDING_DEVICES]
+        missing = [c.fooled.reason for c in chosen if isinstance(c.fooled, NotMeasured)]
+        if missing or not chosen:
+            return NotMeasured("; ".join(missing) or "no such ensemble was attacked")
+        return np.any([judgement.wrong(c.source, c.attack) for c in chosen], axis=0)
+
+    return pick
+
+
+def _controls_section(rows: Sequence[Row], attackers: dict[Perturbation, list[Attacker]]) -> Section:
+    keyed = [row for row in rows if row.arm.block_size is not None]
+    controls = [row for row in rows if row.arm.block_size is None]
+    lines: list[tuple[TableCell, ...]] = []
+    for row in keyed:
+        for control in controls:
+            if control.arm.adaptation != row.arm.adaptation:
+                continue
+            for perturbation, group in attackers.items():
+                for attacker in group:
+                    advantage = difference(_difference(row, control, perturbation, attacker))
+                    lines.append((row.arm.name, control.arm.name, f"{attacker.name}, {perturbation}", advantage))
+    return Section(
+        title="What the controls explain",
+        prose=(
+            "Fooling rate of the un-keyed control minus that of the keyed arm: what the key itself adds. Where the "
+            "interval contains zero, the key adds nothing that retraining, or new weights, do not give.",
+        ),
+        blocks=(
+            Table(
+                title="Advantage of the key", caption="Positive: the keyed models are fooled less.",
+                columns=("keyed arm", "control", "attacker", "advantage"), rows=tuple(lines),
+            ),
+        ),
+    )  # fmt: skip
+
+
+def _difference(
+    row: Row, control: Row, perturbation: Perturbation, attacker: Attacker
+) -> FleetDifference | NotMeasured:
+    first, second = control.judged.get(perturbation), row.judged.get(perturbation)
+    if first is None or second is None:
+        return NOT_RUN
+    images = min(len(first[0].labels), len(second[0].labels))
+    sides: list[np.ndarray] = []
+    for group in (first, second):
+        wrong = [attacker.pick(judgement) for judgement in group]
+        missing = [one.reason for one in wrong if isinstance(one, NotMeasured)]
+        if missing:
+            return NotMeasured("; ".join(dict.fromkeys(missing)))
+        sides.append(np.array(wrong, dtype=bool)[:, :images])
+        sides.append(np.array([judgement.correct for judgement in group])[:, :images])
+    return group_difference(*sides)
+
+
+def _why_section(bench: Workbench, rows: Sequence[Row]) -> Section:
+    on = bench.images()
+    truth = on.labels.astype(np.int64)
+    everyone = np.ones(len(truth), dtype=bool)
+    base = predict(TorchRuntime(bench.base_model), on.images)
+    lines: list[tuple[TableCell, ...]] = []
+    for row in rows:
+        first, other = row.members[0], row.members[1]
+        predicted = predict(TorchRuntime(first.baked), on.images)
+        with_key = predicted == truth
+        if row.arm.block_size is None:
+            wrong_key: TableCell = "no key"
+            no_key: TableCell = "no key"
+        else:
+            wrong_key = one_model(_through(first, other.model.classifier, on.images) == truth, everyone)
+            no_key = one_model(_through(first, None, on.images) == truth, everyone)
+        siblings = predict(TorchRuntime(other.baked), on.images)
+        lines.append(
+            (
+                row.arm.name, one_model(with_key, everyone), wrong_key, no_key,
+                one_model(predicted == base, everyone), one_model(predicted == siblings, everyone),
+            )
+        )  # fmt: skip
+    return Section(
+        title="Have the models learned their keys?",
+        prose=(
+            "The first model of each arm on clean images: with its own key, with another model's key in front of it, "
+            "and with no shuffle at all. A model that needs its key has learned it. If it agrees with the base and "
+            "with its siblings nevertheless, it has learned to undo the shuffle, and computes the base's function "
+            "behind it: what fools the base then fools it too.",
+        ),
+        blocks=(
+            Table(
+                title="Keys and agreement", caption="Accuracy, then the share of images with the same prediction.",
+                columns=(
+                    "arm", "own key", "another key", "no shuffle", "same class as the base", "same class as a sibling"
+                ),
+                rows=tuple(lines),
+            ),
+        ),
+    )  # fmt: skip
+
+
+def _through(member: Member, other: ImageClassifier | None, images: np.ndarray) -> np.ndarray:
+    """Predictions of a model behind another's shuffle, or behind none."""
+    own = member.model.classifier
+    swapped = ImageClassifier(
+        own.vit, own.mean.flatten().tolist(), own.std.flatten().tolist(), None if other is None else other.shuffle
+    )
+    return predict(TorchRuntime(swapped), images)
+
+
+def _conclusion(
+    rows: Sequence[Row], strict: Perturbation, transfer: Perturbation, adaptive: Attacker, worst: Attacker
+) -> list[str]:
+    sentences: list[str] = []
+    for row in rows:
+        if not row.arm.in_depth:
+            continue
+        kept, strong = complement(row.rate(strict, adaptive)), row.rate(transfer, worst)
+        if isinstance(kept, FleetRate) and isinstance(strong, FleetRate):
+            sentences.append(
+                f"{row.arm.name} keeps {kept.mean:.3f} [{kept.low:.3f}, {kept.high:.3f}] of its correct images under "
+                f"AutoAttack on a guessed key at {strict}, and is fooled on {strong.mean:.3f} [{strong.low:.3f}, "
+                f"{strong.high:.3f}] in the worst case of the transfer attacks at {transfer}."
+            )
+        else:
+            sentences.append(f"{row.arm.name}: not everything was measured; see the tables.")
+    return sentences or ["No arm was studied in depth; see the tables."]
+
+
+def _budgets(bench: Workbench, spec: Table1Spec) -> list[BudgetLine]:
+    strong = f"{spec.strong_steps} steps, {spec.strong_targets} targets"
+    return [
+        BudgetLine(
+            part="AutoAttack", images=str(spec.autoattack_images), steps=AutoAttack(norm=Norm.LINF).description,
+            restarts="1", queries="within it",
+        ),
+        *(
+            BudgetLine(
+                part=attack.name, images=", ".join(sorted({str(a.images or spec.images) for a in spec.arms})),
+                steps=attack.description, restarts="1", queries="none",
+            )
+            for attack in transfer_attacks(spec)
+        ),
+        BudgetLine(part="self-check", images=str(spec.strong_images), steps=strong, restarts="1", queries="none"),
+    ]  # fmt: skip
+
+
+def _cell(value: str | FleetMeasured) -> TableCell:
+    return value if isinstance(value, str) else cell(value)

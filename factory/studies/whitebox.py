@@ -1,0 +1,167 @@
+"""The conformity-loss paper's suite (its Table 2): FGSM, BIM, MIM, PGD and C&W, white-box and from another model.
+
+White-box: every model is attacked itself, the ceiling that is expected to win. Black-box: the same attacks made on the
+public base. AutoAttack beside them says how much of what the suite leaves is real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from device_tests.attacks.attack import Attack
+from device_tests.attacks.autoattack import AutoAttack
+from device_tests.attacks.catalogue import named_attacks
+from device_tests.attacks.foolbox_attack import FoolboxAttack
+from device_tests.perturbation import Norm, Perturbation
+from device_tests.report.study_document import (
+    BarGroup,
+    Bars,
+    BudgetLine,
+    Cell,
+    Section,
+    StudyDocument,
+    Table,
+    TableCell,
+)
+from device_tests.threats import Source, Threat
+from device_tests.transfer import TargetJudgement
+from factory.studies.spec import ArmSettings, WhiteboxSpec
+from factory.studies.study_report import cell, study_document
+from factory.studies.workbench import (
+    FleetMeasured,
+    Workbench,
+    clean_accuracy,
+    one_model,
+    robust_accuracy,
+    worst_over,
+)
+
+STEPS = 10
+"""Iterations of BIM, MIM and PGD in the paper, of ε/10 each for BIM and MIM."""
+
+SUITE = ("fgsm", "bim", "mi-fgsm", "pgd")
+
+
+def whitebox(bench: Workbench, spec: WhiteboxSpec, command: str) -> StudyDocument:
+    """Attack every model itself and from the base, with each attack of the suite."""
+    balls = [Perturbation.parse(text) for text in (spec.epsilon, *spec.further)]
+    judged = {
+        (arm.name, perturbation): _judge(bench, arm, _suite(spec, perturbation), perturbation)
+        for arm in spec.arms
+        for perturbation in (*balls, Perturbation.parse(spec.carlini_wagner))
+    }
+    sections = [
+        Section(
+            title=f"{words}, {perturbation}", prose=(),
+            blocks=(_table(spec, judged, perturbation, threat, f"Accuracy, {words.lower()}"),),
+        )
+        for perturbation in balls
+        for words, threat in (("White-box", Threat.TARGET_ITSELF), ("Black-box, from the base", Threat.PUBLIC_BASE))
+    ]  # fmt: skip
+    distance = Perturbation.parse(spec.carlini_wagner)
+    sections.append(
+        Section(
+            title=f"C&W, {distance}",
+            prose=("C&W has no budget of its own: what it finds beyond this distance counts as not found.",),
+            blocks=(
+                _table(spec, judged, distance, Threat.TARGET_ITSELF, "Accuracy, white-box, C&W"),
+                _table(spec, judged, distance, Threat.PUBLIC_BASE, "Accuracy, black-box, C&W"),
+            ),
+        )
+    )
+    sections.append(_classes_section(bench, spec, judged, balls[0]))
+    highlights: dict[str, FleetMeasured] = {
+        f"{arm.name}: accuracy left, white-box, {balls[0]}": robust_accuracy(
+            judged[arm.name, balls[0]], worst_over([Threat.TARGET_ITSELF])
+        )
+        for arm in spec.arms
+    }
+    return study_document(
+        bench, name="whitebox", title="What is left under the conformity-loss paper's attacks",
+        conclusion=[
+            "Whoever holds a device fools it: keys are no defence against attacks on the device's own weights, and "
+            "these figures are the ceiling of every other threat."
+        ],
+        highlights=highlights, budgets=_budgets(bench, spec), sections=sections, command=command,
+    )  # fmt: skip
+
+
+def _suite(spec: WhiteboxSpec, perturbation: Perturbation) -> tuple[Attack, ...]:
+    if perturbation.norm is Norm.L2:
+        arguments = {
+            "binary_search_steps": 3, "steps": spec.carlini_wagner_steps, "stepsize": 0.01,
+            "initial_const": spec.carlini_wagner_constant,
+        }  # fmt: skip
+        cost = 3 * spec.carlini_wagner_steps
+        return (FoolboxAttack("cw", "L2CarliniWagnerAttack", arguments, Norm.L2, cost=cost),)
+    suite = named_attacks(SUITE, pgd_steps=STEPS, momentum_steps=STEPS)
+    return (*suite, AutoAttack(norm=perturbation.norm)) if spec.autoattack else suite
+
+
+def _judge(
+    bench: Workbench, arm: ArmSettings, suite: Sequence[Attack], perturbation: Perturbation
+) -> list[TargetJudgement]:
+    on, members = bench.images(arm), bench.members(arm)
+    base = bench.attack(bench.base_source(), suite, perturbation, on)
+    found: list[TargetJudgement] = []
+    for member in members:
+        # Named as a sibling, it is the target itself to itself, the only model that it is judged on.
+        itself = Source(member.id, Threat.SIBLING_DEVICE, member.baked, f"{member.id} itself", (member.id,))
+        own = bench.attack(itself, suite, perturbation, on)
+        found.append(bench.judge(member.id, member.baked, [base, own], on))
+    return found
+
+
+def _table(
+    spec: WhiteboxSpec, judged: dict[tuple[str, Perturbation], list[TargetJudgement]], perturbation: Perturbation,
+    threat: Threat, title: str,
+) -> Table:  # fmt: skip
+    names = [attack.name for attack in _suite(spec, perturbation)]
+    rows: list[tuple[TableCell, ...]] = []
+    for arm in spec.arms:
+        found = judged[arm.name, perturbation]
+        single = [cell(robust_accuracy(found, worst_over([threat], name))) for name in names]
+        rows.append(
+            (arm.name, cell(clean_accuracy(found)), *single, cell(robust_accuracy(found, worst_over([threat]))))
+        )
+    return Table(
+        title=title, caption=f"Share of all images that are still classified correctly, {perturbation}.",
+        columns=("arm", "no attack", *names, "worst of all"), rows=tuple(rows),
+    )  # fmt: skip
+
+
+def _classes_section(
+    bench: Workbench, spec: WhiteboxSpec, judged: dict[tuple[str, Perturbation], list[TargetJudgement]],
+    perturbation: Perturbation,
+) -> Section:  # fmt: skip
+    arms = spec.arms[:4]
+    groups: list[BarGroup] = []
+    for index, label in enumerate(bench.splits.labels):
+        cells: list[Cell] = []
+        for arm in arms:
+            first = judged[arm.name, perturbation][0]
+            wrong = worst_over([Threat.PUBLIC_BASE])(first)
+            mask = first.correct & (first.labels == index)
+            cells.append(wrong if not isinstance(wrong, np.ndarray) else one_model(wrong, mask))
+        groups.append(BarGroup(name=label, cells=tuple(cells)))
+    return Section(
+        title="Class by class",
+        prose=("The first model of each arm, worst case of the attacks made on the base.",),
+        blocks=(
+            Bars(
+                title=f"Fooling rate by class, from the base, {perturbation}", caption="",
+                value_label="fooling rate", series=tuple(arm.name for arm in arms), groups=tuple(groups),
+            ),
+        ),
+    )  # fmt: skip
+
+
+def _budgets(bench: Workbench, spec: WhiteboxSpec) -> list[BudgetLine]:
+    images = ", ".join(sorted({str(arm.images or spec.images) for arm in spec.arms}))
+    attacks = [*_suite(spec, Perturbation.parse(spec.epsilon)), *_suite(spec, Perturbation.parse(spec.carlini_wagner))]
+    return [
+        BudgetLine(part=attack.name, images=images, steps=attack.description, restarts="1", queries="none")
+        for attack in attacks
+    ]

@@ -1,0 +1,207 @@
+"""What every study works with: data, base, the zoo of models, attacks made once, and judgements.
+
+Everything that is expensive lies in the studies' folder under what it depends on, so that a study that was
+interrupted, or another one about the same models, goes on with what is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+from torch import nn
+
+from device_tests.accuracy import accuracy
+from device_tests.attacks.attack import Attack
+from device_tests.ensemble import Ensemble
+from device_tests.evidence import Measured, Proportion
+from device_tests.fleet_statistics import FleetRate, fleet_rate
+from device_tests.perturbation import Perturbation
+from device_tests.self_check import StrongBudget
+from device_tests.threats import Source, Threat
+from device_tests.transfer import TargetJudgement, judge
+from exporters.measured import NotMeasured
+from exporters.run_torch import TorchRuntime
+from factory.attackers import BASE, colluding_groups
+from factory.base import load_base, read_architecture
+from factory.classifier import ImageClassifier
+from factory.data import load_splits
+from factory.progress import Progress, log_to
+from factory.studies.spec import ArmSettings, Spec
+from factory.studies.zoo import Member, Zoo
+from factory.verification import Attacked, AttackedSource, attack_source, self_checks, weak_sources
+from keys.errors import BusyError
+from keys.files import storage_errors
+
+MARGIN = 0.05
+"""How far below the strong attack an attack may stay on its own source: evaluation by the same rule as a fleet's."""
+
+FleetMeasured = FleetRate | Proportion | NotMeasured
+
+
+class Workbench:
+    """An open studies folder: decoded data, models and attacks are shared by all studies in it."""
+
+    def __init__(self, folder: Path, spec: Spec, progress: Progress) -> None:
+        self.folder, self.spec, self.progress = folder, spec, progress
+        architecture = read_architecture(spec.base)
+        self.splits = load_splits(spec.data, architecture.contract, folder / "data", progress)
+        self.base = load_base(spec.base, self.splits.labels, spec.seed)
+        # One folder per base, data and seed: models and attacks of others have the same names.
+        identity = "\0".join([self.base.digest, self.splits.digest, str(spec.seed)])
+        self.shared = folder / "shared" / hashlib.sha256(identity.encode()).hexdigest()[:12]
+        self.zoo = Zoo(self.shared / "models", self.base, self.splits, seed=spec.seed, progress=progress)
+        self.base_model = ImageClassifier(self.base.vit, architecture.mean, architecture.std)
+        self._attacked: dict[object, AttackedSource] = {}
+
+    def members(self, arm: ArmSettings) -> list[Member]:
+        """All models of an arm, trained if they are not yet."""
+        return self.zoo.members(self.spec.arm(arm), arm.models)
+
+    def images(self, arm: ArmSettings | None = None, at_most: int | None = None) -> Attacked:
+        """The first test images: as many as the arm or the spec says, ``at_most`` so many."""
+        wanted = (arm.images if arm is not None else None) or self.spec.images
+        taken = self.splits.test.take(wanted if at_most is None else min(wanted, at_most))
+        return Attacked(taken.images.numpy(), taken.labels.numpy(), self.shared / "attacks")
+
+    def attack(
+        self, source: Source, attacks: Sequence[Attack], perturbation: Perturbation, on: Attacked
+    ) -> AttackedSource:
+        """Attack a source, or take what was made before."""
+        spec = self.spec
+        budget = StrongBudget(steps=spec.strong_steps, targets=spec.strong_targets, images=spec.strong_images)
+        identity = (source.id, tuple(attack.description for attack in attacks), perturbation, len(on.images))
+        if identity not in self._attacked:
+            self._attacked[identity] = attack_source(
+                source, attacks, on, perturbation=perturbation, budget=budget, margin=MARGIN, seed=spec.seed,
+                progress=self.progress,
+            )  # fmt: skip
+        return self._attacked[identity]
+
+    def base_source(self) -> Source:
+        """The public base."""
+        return Source(BASE, Threat.PUBLIC_BASE, self.base_model, "the public base")
+
+    def other_keys(self, members: Sequence[Member], count: int) -> list[Source]:
+        """Sources of ``count`` other models of an arm, so many that every member is a target of one of them.
+
+        With ``count`` = 1 a single guessed key; else the public base and ``count`` other models at once. In one arm a
+        guessed-key model, a sibling and a colluding device are made in the same way, so these are all three.
+        """
+        models = {member.id: member.baked for member in members}
+        sources: list[Source] = []
+        for number, (names, targets) in enumerate(colluding_groups(tuple(models), count), start=1):
+            if count == 1:
+                sources.append(Source(names[0], Threat.GUESSED_KEY, models[names[0]], "another key", targets))
+                continue
+            model = Ensemble([self.base_model, *(models[name] for name in names)])
+            identity = f"{members[0].arm.name}-base-and-{count}-{number}"
+            sources.append(
+                Source(identity, Threat.COLLUDING_DEVICES, model, f"the base and {count} other keys at once", targets)
+            )
+        return sources
+
+    def ensemble_with_base(self, members: Sequence[Member], count: int) -> list[Source]:
+        """As :meth:`other_keys`, always together with the public base."""
+        if count > 1:
+            return self.other_keys(members, count)
+        return [
+            Source(
+                f"{source.id}-and-base", Threat.COLLUDING_DEVICES, Ensemble([self.base_model, source.model]),
+                "the base and 1 other key at once", source.targets,
+            )
+            for source in self.other_keys(members, 1)
+        ]  # fmt: skip
+
+    def judge(self, name: str, model: nn.Module, sources: Sequence[AttackedSource], on: Attacked) -> TargetJudgement:
+        """Judge one model on what was made on the sources that concern it; all of one perturbation."""
+        facing = [one for one in sources if one.source.is_judged_on(name)]
+        runtime = TorchRuntime(model)
+        return judge(
+            runtime, name, on.images, on.labels, [one.adversarial for one in facing], self_checks(facing), required=(),
+            weak=weak_sources(facing, accuracy(runtime, on.images, on.labels)),
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def open_workbench(folder: Path, spec: Spec, progress: Progress) -> Iterator[Workbench]:
+    """Hold the studies' folder for one run; raises BusyError if another run has it."""
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise BusyError(f"Another study is at work in {folder}; wait for it or choose another --out.") from error
+    try:
+        log_to(folder / "study.log")
+        yield Workbench(folder, spec, progress)
+    finally:
+        lock.release()
+
+
+Pick = Callable[[TargetJudgement], np.ndarray | NotMeasured]
+
+
+def worst_over(threats: Sequence[Threat] | None = None, attack: str | None = None) -> Pick:
+    """Which images a target gets wrong in the worst case: over these threats (all), by this attack (all).
+
+    The result is bool N over all images; or the reason why it is not known.
+    """
+
+    def pick(judgement: TargetJudgement) -> np.ndarray | NotMeasured:
+        chosen = [cell for cell in judgement.cells if threats is None or cell.threat in threats]
+        chosen = [cell for cell in chosen if attack is None or cell.attack == attack]
+        missing = [cell.fooled.reason for cell in chosen if isinstance(cell.fooled, NotMeasured)]
+        if missing or not chosen:
+            return NotMeasured("; ".join(dict.fromkeys(missing)) or "no such attack was run")
+        return np.any([judgement.wrong(cell.source, cell.attack) for cell in chosen], axis=0)
+
+    return pick
+
+
+def fooling(judgements: Sequence[TargetJudgement], pick: Pick) -> FleetMeasured:
+    """Fooling rate over several targets: among the images that each gets right when clean."""
+    return _over_fleet(judgements, pick, lambda judgement: judgement.correct)
+
+
+def robust_accuracy(judgements: Sequence[TargetJudgement], pick: Pick) -> FleetMeasured:
+    """The papers' measure: share of all images that a target gets right under attack; clean mistakes count as wrong."""
+
+    def right(judgement: TargetJudgement) -> np.ndarray | NotMeasured:
+        wrong = pick(judgement)
+        return wrong if isinstance(wrong, NotMeasured) else judgement.correct & ~wrong
+
+    return _over_fleet(judgements, right, lambda judgement: np.ones_like(judgement.correct))
+
+
+def clean_accuracy(judgements: Sequence[TargetJudgement]) -> FleetMeasured:
+    """Accuracy on the clean images that were attacked, over several targets."""
+    return _over_fleet(
+        judgements, lambda judgement: judgement.correct, lambda judgement: np.ones_like(judgement.correct)
+    )
+
+
+def _over_fleet(
+    judgements: Sequence[TargetJudgement], pick: Pick, counted: Callable[[TargetJudgement], np.ndarray]
+) -> FleetMeasured:
+    rows = [pick(judgement) for judgement in judgements]
+    missing = dict.fromkeys(row.reason for row in rows if isinstance(row, NotMeasured))
+    if missing:
+        return NotMeasured("; ".join(missing))
+    hits = np.array(rows, dtype=bool)
+    mask = np.array([counted(judgement) for judgement in judgements], dtype=bool)
+    if len(hits) == 1:
+        return one_model(hits[0], mask[0])
+    return fleet_rate(hits, mask)
+
+
+def one_model(hits: np.ndarray, mask: np.ndarray) -> Measured:
+    """A proportion of one model's images."""
+    if not mask.any():
+        return NotMeasured("the target gets none of the clean images right")
+    return Proportion(int((hits & mask).sum()), int(mask.sum()))
