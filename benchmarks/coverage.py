@@ -4,7 +4,7 @@ A nominal 95 % interval is good if it covers 93 to 97 %. The model: a device foo
 μ + device + image, device ~ N(0, s²), image ~ N(0, v²); images that are hard to classify are easier to fool, and
 every device judges its own images, about nine in ten. Run::
 
-    python benchmarks/coverage.py --replications 2000 > coverage.md
+    python -m benchmarks.coverage --replications 2000
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Rules: the canaries of one model are run before any of its figures is believed, 
 clean, at one L∞ radius, on 8-bit images. Where two attacks are compared it is on the same images, by McNemar's
 exact one-sided test at ``LEVEL``: a canary fails if the attack that must not win does win by more than chance. What
 could not be run is not measured, and that is no pass. The list follows Athalye, Carlini and Wagner (ICML 2018,
-section 3.1) and Carlini et al. ("On evaluating adversarial robustness", 2019, section 3.2).
+section 3.1) and Carlini et al. ("On evaluating adversarial robustness", 2019).
 """
 
 from __future__ import annotations

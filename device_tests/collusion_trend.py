@@ -234,7 +234,7 @@ def _caveat(largest: int, predictions: Sequence[Prediction], curves: Sequence[Cu
         return text + "Beyond that the curve is a guess."
     said = ", ".join(f"{curve.model} {value:.2f}" for curve, value in zip(curves, far.by_model, strict=True))
     near = [curve.model for curve in curves if curve.aicc - curves[0].aicc < 2]
-    choice = f"only the {near[0]} curve fits well" if len(near) == 1 else f"{' and '.join(near)} fit about equally well"
+    choice = f"the {near[0]} curve fits best" if len(near) == 1 else f"{' and '.join(near)} fit about equally well"
     return (
         f"{text}{far.k:,} is {far.k / largest:,.0f} times as many, and nothing was measured there: the figure says "
         f"what the curve does, not what a fleet will do. The curves say {said}; {choice}."

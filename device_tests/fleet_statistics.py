@@ -4,12 +4,12 @@ Rules: the devices are a sample of the fleet that one key generator could make, 
 that a device could be shown, and an interval answers for both. Every device has its own judged images, those it
 gets right when clean, and every device counts the same. Where no interval can be given the figure is not measured.
 
-A bootstrap over devices and images is too narrow for few devices (nominal 95 % covers 86 % with three). Here the
-variance is split into what devices and what images add (Cameron, Gelbach and Miller, J. Business & Economic
-Statistics 29 (2011) 238, eq. 2.9; Owen, Annals of Applied Statistics 1 (2007) 386), and the critical value is the
-mean of the t and the normal one, weighted by these parts (Cochran and Cox, Experimental Designs, 2nd ed. 1957,
-section 4.14); two groups of devices share Welch's degrees of freedom. With normal errors one rate is covered with
-95.0 to 97.1 % for three devices and more, whatever the parts are; for fooling rates see docs/statistics.md.
+A bootstrap over devices and images is too narrow for few uneven devices (nominal 95 % covers 86 % with three). Here
+the variance is split into what devices and what images add (two-way clustering: Cameron, Gelbach and Miller, J.
+Business & Economic Statistics 29 (2011) 238; Owen, Annals of Applied Statistics 1 (2007) 386), and the critical value
+is the mean of the t and the normal one, weighted by these parts (Cochran and Cox, Experimental Designs, 2nd ed. 1957);
+two groups of devices share Welch's degrees of freedom. With normal errors the interval of one rate covers 95.0 to
+97.1 % for three devices and more, whatever the parts are; for fooling rates see docs/statistics.md.
 
 >>> fooled = np.arange(1200).reshape(4, 300) % 7 == 0
 >>> fleet_rate(fooled, np.ones((4, 300), dtype=bool)).devices

@@ -90,7 +90,8 @@ def _read_npz(path: Path, contract: InputContract, classes: int) -> ForeignFile:
             arrays = {name: _read_array(archive, name, path) for name in _ARRAYS if name in present}
     # What zipfile and numpy raise for damaged, truncated and encrypted files.
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, RuntimeError) as error:
-        raise InputError(f"{path} is no readable .npz file ({error}); write it with numpy.savez.") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path} is no readable .npz file ({reason}); write it with numpy.savez.") from error
     adversarial = _shaped(arrays["adversarial"], "adversarial", contract, path)
     clean = _shaped(arrays["clean"], "clean", contract, path) if "clean" in arrays else None
     labels, indices = arrays.get("labels"), arrays.get("indices")

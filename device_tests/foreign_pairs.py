@@ -102,7 +102,14 @@ def _clean(
             f"{file.where} holds clean images without labels, and clean image {unknown[0]} is not among the fleet's "
             "test images, which would tell its label; add 'labels'."
         )
-    labels = test_labels[places].astype(np.int64) if file.labels is None else file.labels
+    true = test_labels[places].astype(np.int64)
+    labels = true if file.labels is None else file.labels
+    wrong = np.flatnonzero((places >= 0) & (labels != true))
+    if len(wrong):
+        raise InputError(
+            f"{file.where} gives clean image {wrong[0]} the class {labels[wrong[0]]}, but it is test image "
+            f"{places[wrong[0]]} of this fleet, of class {true[wrong[0]]}; write images and labels in one order."
+        )
     notes: list[str] = []
     if len(unknown):
         notes.append(

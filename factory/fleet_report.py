@@ -35,7 +35,8 @@ from device_tests.report.document import (
     now,
     threats_of,
 )
-from device_tests.report.render import Example, difference_times_ten
+from device_tests.report.figures import difference_times_ten
+from device_tests.report.fleet_figures import Example
 from device_tests.threats import Threat
 from exporters.measured import NotMeasured
 from exporters.parity import Parity

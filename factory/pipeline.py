@@ -28,6 +28,7 @@ from factory.block_shuffle import check_block_size
 from factory.classifier import ImageClassifier
 from factory.data import load_splits
 from factory.device_model import DeviceModel, block_size, make_device_model
+from factory.estimate import estimate
 from factory.examination import Examination, Examined, canaries_of, formats_under_attack, query
 from factory.fleet import Candidate, Findings, Fleet, Verdict
 from factory.fleet_folder import FleetFolder
@@ -162,7 +163,13 @@ def attack_sources(fleet: Fleet, devices: Sequence[Candidate], controls: Sequenc
         colluding=verification.colluding,
         twins={device.name: twin_of(fleet, device) for device in devices if verification.true_key_ceiling},
     )
-    return [attack(fleet, source, attacks_of(verification), attacked_images(fleet)) for source in sources]
+    attacks, on = attacks_of(verification), attacked_images(fleet)
+    left = estimate(
+        sources, attacks, on, perturbation=verification.perturbation, budget=strong_budget(verification),
+        seed=fleet.settings.seed,
+    )  # fmt: skip
+    fleet.progress.say(left.sentence)
+    return [attack(fleet, source, attacks, on) for source in sources]
 
 
 def twin_of(fleet: Fleet, device: Candidate) -> nn.Module:

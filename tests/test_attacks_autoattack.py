@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from pyautoattack.autoattack import AutoAttack as TheirAutoAttack
-from pyautoattack.autopgd_base import APGDAttack
+from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from torch import nn
 
 from device_tests.attacks.apgd import APGD
@@ -49,13 +49,17 @@ def test_candidates_equal_those_of_the_authors_class(
 ) -> None:
     model, images, labels = trained
     theirs = TheirAutoAttack(model, norm=their_norm, eps=epsilon, seed=3, version="standard")
-    theirs.square.n_queries = 200  # the rest is the standard version's: 100 steps, 9 targets
+    # The standard version but for its length, which the class does not leave to the user.
+    shared = {"n_iter": 10, "norm": their_norm, "eps": epsilon, "device": "cpu", "logger": theirs.logger}
+    theirs.apgd = APGDAttack(model, **shared)
+    theirs.apgd_targeted = APGDAttack_targeted(model, n_target_classes=9, **shared)
+    theirs.fab.n_iter, theirs.square.n_queries = 10, 100
     trace = sys.gettrace()
     try:
         expected, _ = theirs.run_standard_evaluation(images, labels)
     finally:
         sys.settrace(trace)
-    ours = AutoAttack(queries=200, norm=norm).generate(model, images, labels, epsilon=epsilon, seed=3)
+    ours = AutoAttack(steps=10, queries=100, norm=norm).generate(model, images, labels, epsilon=epsilon, seed=3)
     fooled = model(ours).argmax(1) != labels
     assert 0.3 < fooled.float().mean() < 1  # some were fooled by the first attack, some went through all four
     assert torch.equal(fooled, model(expected).argmax(1) != labels)

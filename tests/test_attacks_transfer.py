@@ -67,7 +67,7 @@ def test_resizing_and_padding_is_bilinear_and_leaves_zeros_around(shape: tuple[i
         assert abs(height / shape[2] - width / shape[3]) < 1 / min(shape[2:])
         small = F.interpolate(image[None], (height, width), mode="bilinear", align_corners=False)[0]
         padded = F.pad(small, (left, shape[3] - left - width, top, shape[2] - top - height))
-        assert torch.allclose(changed, padded, atol=1e-5)
+        assert torch.allclose(changed, padded, atol=1e-4)
 
 
 def test_only_the_wanted_share_is_resized() -> None:

@@ -9,10 +9,10 @@ import pytest
 
 from device_tests.evidence import Proportion
 from device_tests.report.charts import NARROW, WIDE, Pictures, draw, remarks_of
-from device_tests.report.document import ReportDocument
+from device_tests.report.document import ClassResult, ReportDocument
 from device_tests.report.figure_files import file_names, write_figures
 from device_tests.report.figures import contrast
-from device_tests.report.fleet_figures import ClassFigures, Example, classes_by_target, fleet_charts
+from device_tests.report.fleet_figures import Example, classes_by_target, fleet_charts
 from device_tests.report.render import render_html, write_report
 from device_tests.report.study_document import (
     BarGroup,
@@ -321,10 +321,14 @@ def fleet() -> ReportDocument:
 def test_a_fleet_report_has_its_figures_beside_it(fleet: ReportDocument, tmp_path: Path) -> None:
     image = np.zeros((3, 8, 8), np.uint8)
     example = Example("device-1", "base", "mi", "Bag", "Shirt", image, image, image, image)
-    rates = tuple(Proportion(index % 4, 12) for index in range(len(fleet.data.labels)))
-    by_class = [ClassFigures(target.id, (NotMeasured("too few"), *rates[1:])) for target in fleet.targets]
-    write_report(tmp_path, fleet, [example], by_class)
-    charts, _ = fleet_charts(fleet, by_class, [example])
+    figures = [NotMeasured("too few"), *(Proportion(index, 12) for index in range(1, len(fleet.data.labels)))]
+    classes = tuple(
+        ClassResult(label=label, worst=worst) for label, worst in zip(fleet.data.labels, figures, strict=True)
+    )
+    targets = tuple(target.model_copy(update={"by_class": classes}) for target in fleet.targets)
+    document = fleet.model_copy(update={"targets": targets})
+    write_report(tmp_path, document, [example])
+    charts, _ = fleet_charts(document, [example])
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == list(file_names(charts))
     assert [chart.kind for chart in charts] == ["heat", "bars", "bars", "heat", "gallery"]
     for chart, name in zip(charts, file_names(charts), strict=True):
@@ -333,10 +337,11 @@ def test_a_fleet_report_has_its_figures_beside_it(fleet: ReportDocument, tmp_pat
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "Worst-case fooling rate by class" in page
     assert "not measured: too few" in page
-    assert "Worst-case fooling rate by class" not in render_html(fleet, [])
 
 
-def test_class_figures_that_do_not_fit_the_report_are_refused(fleet: ReportDocument) -> None:
-    for figures in (ClassFigures("nobody", ()), ClassFigures(fleet.targets[0].id, (Proportion(1, 2),))):
-        with pytest.raises(ValueError, match="class figures of"):
-            classes_by_target(fleet, [figures])
+def test_a_fleet_report_without_classes_or_examples_has_fewer_figures(fleet: ReportDocument) -> None:
+    targets = tuple(target.model_copy(update={"by_class": ()}) for target in fleet.targets)
+    document = fleet.model_copy(update={"targets": targets})
+    assert classes_by_target(document) is None
+    assert [chart.kind for chart in fleet_charts(document, [])[0]] == ["heat", "bars", "bars"]
+    assert "Worst-case fooling rate by class" not in render_html(document, [])

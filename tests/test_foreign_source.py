@@ -23,6 +23,7 @@ from device_tests.images import from_8bit
 from device_tests.perturbation import Perturbation
 from device_tests.threats import Threat
 from exporters.contract import InputContract
+from exporters.quiet import quiet
 from exporters.run_onnx import OnnxRuntime
 from exporters.run_torch import TorchRuntime
 from keys.errors import InputError
@@ -42,8 +43,8 @@ def small(channels=1, classes=10):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return nn.Sequential(
-            nn.Conv2d(channels, 8, 3, stride=2), nn.BatchNorm2d(8), nn.GELU(), nn.MaxPool2d(2), nn.Dropout(), nn.Flatten(),
-            nn.Linear(288, classes),
+            nn.Conv2d(channels, 8, 3, stride=2), nn.BatchNorm2d(8), nn.GELU(), nn.MaxPool2d(2), nn.Dropout(),
+            nn.Flatten(), nn.Linear(288, classes),
         )
 
 
@@ -149,12 +150,12 @@ def test_a_factory_that_cannot_be_used(images: np.ndarray, factory: str, fault: 
 
 @pytest.mark.parametrize("text", ["own_models", "own models:small", "../own_models.py:small", "model.pt", ""])
 def test_what_names_no_source(images: np.ndarray, text: str) -> None:
-    with pytest.raises(InputError, match="package.module:factory"):
+    with pytest.raises(InputError, match="give package"):
         load_source(text, CONTRACT, LABELS, images)
 
 
 def test_a_module_that_fails_when_it_is_imported(images: np.ndarray) -> None:
-    with pytest.raises(InputError, match="cannot be imported .ZeroDivisionError"):
+    with pytest.raises(InputError, match="ZeroDivisionError: division by zero"):
         load_source("own_models_with_a_fault:small", CONTRACT, LABELS, images)
 
 
@@ -203,8 +204,9 @@ def one(operator: str, *inputs: str, **attributes: object) -> list[onnx.NodeProt
 def test_a_small_cnn_gives_the_gradients_of_the_module_it_was_exported_from(images: np.ndarray, tmp_path: Path) -> None:
     module = load_source("own_models:small", CONTRACT, LABELS, images).model
     stream = io.BytesIO()
-    torch.onnx.export(module, (torch.zeros(2, 1, 28, 28),), stream, dynamo=False, dynamic_axes={"input": {0: "n"}},
-                      input_names=["input"])  # fmt: skip
+    with quiet():  # the older exporter leaves its weights behind Identity nodes, and says that it is old
+        example, axes = torch.zeros(2, 1, 28, 28), {"input": {0: "n"}}
+        torch.onnx.export(module, (example,), stream, dynamo=False, dynamic_axes=axes, input_names=["input"])
     path = tmp_path / "Small CNN.onnx"
     path.write_bytes(stream.getvalue())
     source = load_source(str(path), CONTRACT, LABELS, images)
@@ -243,7 +245,7 @@ def test_two_files_never_share_a_cache(images: np.ndarray, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("nodes", "size", "reason"),
     [
-        (one("QuickGelu", domain="com.microsoft"), 784, "cannot be converted to torch .NotImplementedError"),
+        (one("QuickGelu", domain="com.microsoft"), 784, "cannot be converted to torch (NotImplementedError"),
         # A fault of the converter at this version: it rounds to the nearest pixel in another way than the file says.
         (one("Resize", "", "", "sizes", mode="nearest", nearest_mode="ceil"), 1600, "logits are off by"),
         (one("Round"), 784, "gradient is zero"),
@@ -252,12 +254,12 @@ def test_two_files_never_share_a_cache(images: np.ndarray, tmp_path: Path) -> No
 def test_a_file_without_true_gradients_can_only_be_asked(
     images: np.ndarray, tmp_path: Path, nodes: list[onnx.NodeProto], size: int, reason: str
 ) -> None:
-    sizes = numpy_helper.from_array(np.array([40, 1, 40, 40] if size == 1600 else [0], np.int64), "sizes")
+    sizes = numpy_helper.from_array(np.array([32, 1, 40, 40] if size == 1600 else [0], np.int64), "sizes")
     path = write_onnx(tmp_path / "own.onnx", nodes, size, constants=[sizes])
-    source = load_source(str(path), CONTRACT, LABELS, images[:32])
+    source = load_source(str(path), CONTRACT, LABELS, images)
     assert not source.differentiable
     assert "can only be asked" in source.description
-    assert reason.split(" .")[0] in source.description
+    assert reason in source.description
 
 
 def test_a_source_that_can_only_be_asked_answers_and_never_looks_robust(images: np.ndarray, tmp_path: Path) -> None:
@@ -265,9 +267,8 @@ def test_a_source_that_can_only_be_asked_answers_and_never_looks_robust(images: 
     source = load_source(str(path), CONTRACT, LABELS, images)
     labels = TorchRuntime(source.model).logits(from_8bit(images)).argmax(axis=1)
     assert len(set(labels.tolist())) > 1
-    made = craft(source, [PGD(steps=2)], images, labels, perturbation=Perturbation.parse("linf:8/255"), seed=0)
-    assert not made.images
-    assert list(made.failures) == [PGD().name]
+    with pytest.raises(InputError, match="only answers"):
+        craft(source, [PGD(steps=2)], images, labels, perturbation=Perturbation.parse("linf:8/255"), seed=0)
 
 
 def test_a_batch_fixed_to_one_is_run_image_by_image(images: np.ndarray, tmp_path: Path) -> None:
@@ -311,8 +312,8 @@ def test_a_file_that_is_none(images: np.ndarray, tmp_path: Path) -> None:
 def test_weights_in_other_files_are_not_followed(images: np.ndarray, tmp_path: Path) -> None:
     path = write_onnx(tmp_path / "own.onnx", one("Relu"))
     model = onnx.load(path)
-    model.graph.initializer[0].ClearField("raw_data")
     onnx.external_data_helper.set_external_data(model.graph.initializer[0], location="../../elsewhere.bin")
+    model.graph.initializer[0].ClearField("raw_data")
     path.write_bytes(model.SerializeToString())
     with pytest.raises(InputError, match="keeps weights in other files"):
         load_source(str(path), CONTRACT, LABELS, images)

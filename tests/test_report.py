@@ -12,6 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from device_tests.evidence import Proportion, ThreatResult, TransferCell
+from device_tests.perturbation import Norm, Perturbation
 from device_tests.release_rule import ReleaseRule, decide
 from device_tests.report.document import (
     SCHEMA_PATH,
@@ -30,16 +31,16 @@ from device_tests.report.figures import (
     Mark,
     axis_range,
     contrast,
+    difference_times_ten,
     heat_colors,
     heat_step,
 )
+from device_tests.report.fleet_figures import Example
 from device_tests.report.render import (
-    Example,
     conclusion,
     control_verdict,
     count,
     difference_interval,
-    difference_times_ten,
     duration,
     render_html,
     scientific,
@@ -187,6 +188,9 @@ def test_a_parity_that_is_not_finite_is_reported_as_null() -> None:
     assert json.loads(parity.model_dump_json())["max_relative_difference"] is None
 
 
+EIGHT = Perturbation(Norm.LINF, 8 / 255)
+
+
 def test_a_judgement_becomes_rows_with_the_per_image_worst_of_each_source() -> None:
     labels = np.array([0, 0, 0, 0, 1])
     predictions = {
@@ -204,7 +208,7 @@ def test_a_judgement_becomes_rows_with_the_per_image_worst_of_each_source() -> N
         clean_predictions=np.array([0, 0, 0, 0, 0]),
         predictions=predictions,
         cells=tuple(
-            TransferCell(source, base if source == "base" else twin, attack, "device-1", 8 / 255, fooled)
+            TransferCell(source, base if source == "base" else twin, attack, "device-1", EIGHT, fooled)
             for (source, attack), fooled in figures.items()
         ),
         threats=(
@@ -277,7 +281,7 @@ def test_every_section_and_every_target_is_there(page: str) -> None:
     reader = Reader(page)
     assert "2 of 3 devices released" in reader.text
     assert [section["id"] for section in reader.all("section")] == [
-        "decisions", "transfer", "accuracy", "threats", "examples", "parity", "self-checks", "rule", "run",
+        "decisions", "transfer", "accuracy", "threats", "examples", "parity", "canaries", "self-checks", "rule", "run",
     ]  # fmt: skip
     assert [row["data-role"] for row in reader.all("tr") if "data-role" in row] == [*["device"] * 3, "control"]
     assert len(reader.all("img")) == 8
@@ -359,7 +363,7 @@ def test_both_files_are_written_and_hold_the_same_numbers(
     tmp_path: Path, page: str, document: ReportDocument, examples: tuple[Example, ...]
 ) -> None:
     write_report(tmp_path / "fleet", document, examples)
-    assert sorted(path.name for path in (tmp_path / "fleet").iterdir()) == ["report.html", "report.json"]
+    assert sorted(path.name for path in (tmp_path / "fleet").iterdir()) == ["figures", "report.html", "report.json"]
     assert (tmp_path / "fleet/report.html").read_text(encoding="utf-8") == page
     assert ReportDocument.model_validate_json((tmp_path / "fleet/report.json").read_bytes()) == document
 

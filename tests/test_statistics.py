@@ -164,7 +164,7 @@ tables = st.tuples(*[st.integers(0, 400)] * 4).filter(any)
 
 
 @given(tables)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_mcnemar_is_scipys_binomial_test(table: tuple[int, int, int, int]) -> None:
     pairs = Pairs(*table)
     _, b, c, _ = table
@@ -172,16 +172,17 @@ def test_mcnemar_is_scipys_binomial_test(table: tuple[int, int, int, int]) -> No
         assert pairs.p_value == pytest.approx(binomtest(b, b + c).pvalue, rel=1e-9)
         assert pairs.p_first_larger == pytest.approx(binomtest(b, b + c, alternative="greater").pvalue, rel=1e-9)
         assert pairs.p_second_larger == pytest.approx(binomtest(b, b + c, alternative="less").pvalue, rel=1e-9)
-        # The mid-p: half of the observed table's probability counts, on both sides.
-        middle = 2 * (binom.cdf(min(b, c), b + c, 0.5) - binom.pmf(b, b + c, 0.5) / 2)
-        assert pairs.mid_p == pytest.approx(min(1.0, middle), rel=1e-9)
+        # Fagerland, Lydersen and Laake 2013, supplement: equations 2 and the line below it.
+        observed = binom.pmf(b, b + c, 0.5)
+        middle = 1 - observed / 2 if b == c else binomtest(b, b + c).pvalue - observed
+        assert pairs.mid_p == pytest.approx(middle, rel=1e-9)
         assert pairs.mid_p <= pairs.p_value
     else:
         assert pairs.p_value == pairs.mid_p == 1
 
 
 @given(tables, st.floats(0.5, 0.999))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_the_paired_interval_holds_its_estimate_and_turns_with_the_pairs(
     table: tuple[int, int, int, int], confidence: float
 ) -> None:
@@ -212,7 +213,7 @@ def test_pairs_are_counted_and_written_and_read() -> None:
         Pairs(0, 0, 0, 0)
 
 
-@pytest.mark.parametrize("accuracy", [0.3, 0.9, 0.99])
+@pytest.mark.parametrize("accuracy", [0.3, 0.9, 0.985])
 @pytest.mark.parametrize("judged", [1, 298])
 def test_enough_images_are_attacked_and_no_more(judged: int, accuracy: float) -> None:
     n = images_to_attack(judged, accuracy)

@@ -27,7 +27,7 @@ _MOMENTUM_REACH = 10.0
 _MAKERS: dict[str, Callable[[int, int, bool], Attack]] = {
     "autoattack": lambda pgd, momentum, bf16: AutoAttack(),
     "bim": lambda pgd, momentum, bf16: BIM(steps=pgd, bf16=bf16),
-    "fgsm": lambda pgd, momentum, bf16: FGSM(bf16=bf16),
+    "fgsm": lambda pgd, momentum, bf16: FGSM(),
     "mi-bsr": lambda pgd, momentum, bf16: BlockShuffleRotation(bf16=bf16),
     "mi-di": lambda pgd, momentum, bf16: InputDiversity(steps=momentum, bf16=bf16),
     "mi-fgsm": lambda pgd, momentum, bf16: MomentumFGSM(steps=momentum, reach=_MOMENTUM_REACH, bf16=bf16),

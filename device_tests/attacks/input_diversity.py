@@ -1,4 +1,10 @@
-"""MI-DI-FGSM: momentum over gradients of randomly resized and padded images (Xie et al., CVPR 2019)."""
+"""MI-DI-FGSM: momentum over gradients of randomly resized and padded images (Xie et al., CVPR 2019).
+
+Tuned on validation images (128 each) at ε = 8/255, 20 steps, from a public base to three keyed devices; fooled, on
+Fashion-MNIST and on CIFAR-10: sides of 0.9 … 1 for every image 21 % and 89 %, for every other image 21 % and 83 %;
+0.7 … 1 18 % and 82 %; 0.5 … 1 14 % and 73 %; momentum ½ 20 % and 81 %. Without diversity MI-FGSM 20 % and 59 to 70 %.
+The reach (4 or 10) and more steps (50) change nothing.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +29,10 @@ class InputDiversity:
     step (the paper's p).
     """
 
-    steps: int = 40
+    steps: int = 20
     momentum: float = 1.0
-    reach: float = 4.0
-    smallest: float = 0.7
+    reach: float = 10.0
+    smallest: float = 0.9
     share: float = 1.0
     norm: Norm = Norm.LINF
     bf16: bool = False

@@ -1,5 +1,5 @@
-"""The fleet report: one frozen document, written as report.json (published schema) and as report.html.
+"""The fleet report and the studies: frozen documents, written as JSON (published schemas), as HTML and as SVG figures.
 
-Rules: both files hold the same numbers; no number stands without its n and its interval; "not measured" is shown
-with its reason; the page is one file that asks the network for nothing. This file imports nothing heavy.
+Rules: all files of one report hold the same numbers; no number stands without its n and its interval; "not measured"
+is shown with its reason; a page is one file that asks the network for nothing. This file imports nothing heavy.
 """

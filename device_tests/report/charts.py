@@ -22,6 +22,7 @@ from device_tests.report.study_document import (
     Figure,
     Gallery,
     HeatMap,
+    Reference,
     Surface,
     cells_of_block,
     interval_of,
@@ -197,6 +198,7 @@ def _draw_bars(bars: Bars, width: float) -> Drawing:
     ends += [interval_of(cell)[1] for cell in rates_of(bars) if not isinstance(cell, NotMeasured)]
     high = axis_range([0.0, *ends])[1]
     top = y
+    places: list[tuple[float, float]] = []
     rows = Canvas()
     for group in bars.groups:
         end = y
@@ -212,6 +214,7 @@ def _draw_bars(bars: Bars, width: float) -> Drawing:
             _bar(rows, cell, index, left, y + 3, (right - left) / high)
             rows.text("small", left if narrow else right + 12, y + (30 if narrow else 15), _bar_words(cell))
             rows.close()
+            places.append((y + 1, y + 19))
             y += 34 if narrow else 22
         y = max(y, end) + (6 if several or narrow else 2)
     for tick in IntervalPlot((), (), 0.0, high).ticks:
@@ -222,9 +225,12 @@ def _draw_bars(bars: Bars, width: float) -> Drawing:
     canvas.place(rows.body, 0)
     for line in bars.references:
         at = left + reference_share(line) / high * (right - left)
-        canvas.line("bar-halo", at, top - 2, at, y)
-        canvas.line("reference", at, top - 2, at, y)
-    description = f"{bars.value_label} of each of {len(bars.groups)} groups, each with its rate, interval and n."
+        # On a phone the numbers stand between the bars, and no line may cross them.
+        for start, stop in places if narrow else [(top - 2, y)]:
+            canvas.line("bar-halo", at, start, at, stop)
+            canvas.line("reference", at, start, at, stop)
+    lines = [f"{bars.value_label} of each of {len(bars.groups)} groups, each with its rate, interval and n"]
+    description = "; ".join([*lines, *map(reference_text, bars.references)]) + "."
     return Drawing(width, y + 20, canvas.body, bars.title, description)
 
 
@@ -237,6 +243,12 @@ def _bar(canvas: Canvas, cell: Cell, index: int, left: float, y: float, scale: f
     for layer in ("bar-halo", "bar-interval"):
         canvas.path(layer, f"M{number(low)} {number(y + 7)}H{number(high)}")
         canvas.path(layer, "".join(f"M{number(end)} {number(y + 3)}v8" for end in (low, high)))
+
+
+def _reference_label(reference: Reference, width: float) -> str:
+    # Rather no number than one without its interval; the table below has both.
+    text = reference_text(reference)
+    return text if text_width(text, 12) <= width else reference.label
 
 
 def _bar_kind(index: int) -> str:
@@ -253,7 +265,7 @@ def _bar_words(cell: Cell) -> str:
 def _bars_legend(canvas: Canvas, bars: Bars, width: float) -> float:
     x, y = 0.0, 0.0
     names = bars.series if len(bars.series) > 1 else ()
-    for index, name in enumerate((*names, *map(reference_text, bars.references))):
+    for index, name in enumerate((*names, *(_reference_label(line, width - 30) for line in bars.references))):
         text = shorten(name, width - 30, 12)
         needed = 30 + text_width(text, 12) + 14
         if x and x + needed > width + 14:

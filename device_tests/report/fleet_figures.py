@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from device_tests.evidence import Measured
 from device_tests.report.charts import Pictures
 from device_tests.report.document import ReportDocument
 from device_tests.report.figure_files import Galleries
@@ -55,42 +54,25 @@ class Example:
                 )
 
 
-@dataclass(frozen=True)
-class ClassFigures:
-    """The worst-case fooling rate of every class on one target, in the order of the document's labels."""
-
-    target: str
-    classes: tuple[Measured, ...]
-
-
-def classes_by_target(document: ReportDocument, by_class: Sequence[ClassFigures]) -> HeatMap | None:
-    """Return classes × targets, or nothing where no figures were given.
-
-    Raises ``ValueError`` for a target that the document does not have, or another number of classes than it has.
-    """
-    if not by_class:
+def classes_by_target(document: ReportDocument) -> HeatMap | None:
+    """Return the worst case of every class on every target, or nothing where no target has it."""
+    by_target = {target.id: {row.label: row.worst for row in target.by_class} for target in document.targets}
+    judged = {name: rows for name, rows in by_target.items() if rows}
+    if not judged:
         return None
-    labels, targets = document.data.labels, {target.id for target in document.targets}
-    for figures in by_class:
-        if figures.target not in targets or len(figures.classes) != len(labels):
-            raise ValueError(
-                f"class figures of {figures.target!r} for {len(figures.classes)} classes; the document has "
-                f"{len(labels)} classes and the targets {sorted(targets)}"
-            )
+    missing = NotMeasured("not run")
     return HeatMap(
         title="Worst-case fooling rate by class",
         caption="Among a class's images that the target gets right when clean, the share that any attack of the "
         "threats that the rule counts makes it get wrong.",
         row_label="Class",
-        rows=tuple(HeatRow(name=label) for label in labels),
-        columns=tuple(figures.target for figures in by_class),
-        cells=tuple(zip(*(figures.classes for figures in by_class), strict=True)),
+        rows=tuple(HeatRow(name=label) for label in document.data.labels),
+        columns=tuple(judged),
+        cells=tuple(tuple(rows.get(label, missing) for rows in judged.values()) for label in document.data.labels),
     )
 
 
-def fleet_charts(
-    document: ReportDocument, by_class: Sequence[ClassFigures], examples: Sequence[Example]
-) -> tuple[tuple[Chart, ...], Galleries]:
+def fleet_charts(document: ReportDocument, examples: Sequence[Example]) -> tuple[tuple[Chart, ...], Galleries]:
     """Return every figure of a fleet report, and the pictures of its gallery."""
     targets, rule = document.targets, document.rule
     rates = {(row.source, target.id): row.worst for target in targets for row in target.by_source}
@@ -136,7 +118,7 @@ def fleet_charts(
             ),
         )
     )
-    classes = classes_by_target(document, by_class)
+    classes = classes_by_target(document)
     if classes is not None:
         charts.append(classes)
     if examples:

@@ -21,6 +21,7 @@ from markupsafe import Markup
 from pydantic import JsonValue
 
 from device_tests.evidence import Measured, Proportion
+from device_tests.perturbation import Perturbation
 from device_tests.report.document import ParityReport, ReportDocument, TargetReport
 from device_tests.report.figure_files import FIGURES, write_figures
 from device_tests.report.figures import (
@@ -32,9 +33,7 @@ from device_tests.report.figures import (
     heat_step,
     image_uri,
 )
-from device_tests.report.figures import difference_times_ten as difference_times_ten
-from device_tests.report.fleet_figures import ClassFigures, classes_by_target, fleet_charts
-from device_tests.report.fleet_figures import Example as Example
+from device_tests.report.fleet_figures import Example, classes_by_target, fleet_charts
 from exporters.measured import NotMeasured
 from keys.files import write_atomic
 
@@ -64,11 +63,8 @@ class Notes:
         return self.reasons[reason]
 
 
-def render_html(document: ReportDocument, examples: Sequence[Example], by_class: Sequence[ClassFigures] = ()) -> str:
-    """Return the whole page; it depends on its arguments alone.
-
-    ``by_class``: the worst case of every class, for the targets that have it.
-    """
+def render_html(document: ReportDocument, examples: Sequence[Example]) -> str:
+    """Return the whole page; it depends on its two arguments alone."""
     environment = page_environment()
     style = styled()
     page = environment.get_template("report.html.j2").render(
@@ -84,7 +80,7 @@ def render_html(document: ReportDocument, examples: Sequence[Example], by_class:
         worst_plot=_worst_plot(document),
         by_source=_by_source(document),
         attacked=_attacked(document),
-        classes=classes_by_target(document, by_class),
+        classes=classes_by_target(document),
         threat_cells=_threat_cells(document),
         threats={threat.code: threat for threat in document.verification.threats},
         used_threats=_used_threats(document),
@@ -112,9 +108,11 @@ def page_environment() -> Environment:
     filters.update(
         percent=percent, interval=interval, points=points, count=count, duration=duration, image_uri=image_uri,
         heat_step=heat_step, size=_size_class, scientific=scientific,
+        perturbation=lambda code: str(Perturbation.parse(code)),
     )  # fmt: skip
     tests: dict[str, Any] = environment.tests
     tests["measured"] = lambda figure: isinstance(figure, Proportion)
+    tests["reasoned"] = lambda value: isinstance(value, NotMeasured)
     tests["compared"] = lambda parity: isinstance(parity, ParityReport)
     return environment
 
@@ -130,15 +128,13 @@ def policy_hash(style: str) -> str:
     return base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
 
 
-def write_report(
-    folder: Path, document: ReportDocument, examples: Sequence[Example], by_class: Sequence[ClassFigures] = ()
-) -> None:
+def write_report(folder: Path, document: ReportDocument, examples: Sequence[Example]) -> None:
     """Write report.json, report.html and figures/*.svg into ``folder``, each whole or not at all.
 
     The page is rendered before anything is written. Raises :class:`StorageError` if the disk is full.
     """
-    page = render_html(document, examples, by_class)
-    write_figures(folder / FIGURES, *fleet_charts(document, by_class, examples))
+    page = render_html(document, examples)
+    write_figures(folder / FIGURES, *fleet_charts(document, examples))
     write_atomic(folder / REPORT_JSON, document.to_bytes())
     write_atomic(folder / REPORT_HTML, page.encode())
 

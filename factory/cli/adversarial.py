@@ -75,7 +75,7 @@ def adversarial_table(judgement: ForeignJudgement) -> Table:
     from rich.table import Table
 
     table = Table(title=f"{judgement.where}: {judgement.images} adversarial images within {judgement.perturbation}")
-    for column in ("model", "clean accuracy", "fooled", "most fooled class", "acceptance test"):
+    for column in ("model", "clean accuracy", "fooled", "most fooled class", "the release rule's limit"):
         table.add_column(column)
     for result in judgement.devices:
         table.add_row(*_row(result))
@@ -123,8 +123,9 @@ def _row(result: ForeignResult) -> tuple[str, ...]:
     if isinstance(acceptance, NotMeasured):
         test = f"not measured: {acceptance.reason}"
     else:
-        verdict = "passed" if acceptance.passed else "not passed"
-        test = f"{verdict}: {acceptance.fooled} of {acceptance.plan.n}, limit {acceptance.plan.c}"
+        # Not "passed": that an attack of unknown strength stays below the limit is no release.
+        verdict = "within" if acceptance.passed else "above"
+        test = f"{acceptance.fooled} of {acceptance.plan.n} fooled, {verdict} the limit of {acceptance.plan.c}"
     return (
         result.target,
         _text(result.clean),

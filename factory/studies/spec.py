@@ -96,6 +96,8 @@ class Table1Spec(Spec):
     screened_ensemble: int = Field(default=2, ge=1, description="guessed keys beside the base, all other arms")
     transfer_attacks: tuple[str, ...] = ("mi-di",)
     autoattack_images: int = Field(default=300, ge=2)
+    autoattack_targets: int = Field(default=9, ge=1, description="wrong classes aimed at; the standard version: 9")
+    autoattack_queries: int = Field(default=5000, ge=1, description="of Square, at the end; the standard version: 5000")
 
 
 class CollusionSpec(Spec):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from device_tests.attacks.attack import Attack
 from device_tests.attacks.autoattack import AutoAttack
 from device_tests.attacks.catalogue import named_attacks
 from device_tests.fleet_statistics import FleetDifference, FleetRate, group_difference
-from device_tests.perturbation import Norm, Perturbation
+from device_tests.perturbation import Perturbation
 from device_tests.report.study_document import BudgetLine, HeatMap, HeatRow, Section, StudyDocument, Table, TableCell
 from device_tests.threats import Threat
 from device_tests.transfer import TargetJudgement
@@ -50,24 +51,36 @@ class Attacker:
     pick: Pick
 
 
+@dataclass(frozen=True)
+class Battery:
+    """Which attacks were run, within what: AutoAttack, or those that are made to transfer."""
+
+    attacks: Literal["AutoAttack", "transfer attacks"]
+    perturbation: Perturbation
+
+    def __str__(self) -> str:
+        return f"{self.attacks}, {self.perturbation}"
+
+
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One arm: its models, and their judgements per perturbation."""
+    """One arm: its models, and their judgements under each battery."""
 
     arm: ArmSettings
     members: list[Member]
-    judged: dict[Perturbation, list[TargetJudgement]]
+    judged: dict[Battery, list[TargetJudgement]]
 
-    def rate(self, perturbation: Perturbation, attacker: Attacker) -> FleetMeasured:
+    def rate(self, battery: Battery, attacker: Attacker) -> FleetMeasured:
         """The fooling rate over the arm's models, or why there is none."""
-        found = self.judged.get(perturbation)
+        found = self.judged.get(battery)
         return NOT_RUN if found is None else fooling(found, attacker.pick)
 
 
 def table1(bench: Workbench, spec: Table1Spec, command: str) -> StudyDocument:
     """Train what is missing, attack, judge, and write it down."""
-    strict, transfer = Perturbation.parse(spec.perturbation), Perturbation.parse(spec.perturbation_transfer)
-    second = Perturbation.parse(spec.perturbation_l2) if spec.perturbation_l2 else None
+    strict = Battery("AutoAttack", Perturbation.parse(spec.perturbation))
+    second = Battery("AutoAttack", Perturbation.parse(spec.perturbation_l2)) if spec.perturbation_l2 else None
+    transfer = Battery("transfer attacks", Perturbation.parse(spec.perturbation_transfer))
     rows = [_row(bench, spec, arm, strict, second, transfer) for arm in spec.arms]
     non_adaptive = Attacker("base", Threat.PUBLIC_BASE, worst_over([Threat.PUBLIC_BASE]))
     adaptive = Attacker("guessed key", Threat.GUESSED_KEY, worst_over([Threat.GUESSED_KEY]))
@@ -82,7 +95,7 @@ def table1(bench: Workbench, spec: Table1Spec, command: str) -> StudyDocument:
     highlights: dict[str, FleetMeasured] = {}
     for row in rows:
         if row.arm.in_depth:
-            highlights[f"{row.arm.name}: retention, AutoAttack on a guessed key, {strict}"] = complement(
+            highlights[f"{row.arm.name}: retention, AutoAttack on a guessed key, {strict.perturbation}"] = complement(
                 row.rate(strict, adaptive)
             )
     return study_document(
@@ -93,8 +106,8 @@ def table1(bench: Workbench, spec: Table1Spec, command: str) -> StudyDocument:
 
 
 def autoattack(spec: Table1Spec, perturbation: Perturbation) -> AutoAttack:
-    """AutoAttack as the paper ran it: the standard version."""
-    return AutoAttack(norm=perturbation.norm)
+    """AutoAttack: the standard version, as in the paper, unless the spec makes it shorter."""
+    return AutoAttack(targets=spec.autoattack_targets, queries=spec.autoattack_queries, norm=perturbation.norm)
 
 
 def transfer_attacks(spec: Table1Spec) -> tuple[Attack, ...]:
@@ -103,41 +116,42 @@ def transfer_attacks(spec: Table1Spec) -> tuple[Attack, ...]:
 
 
 def _row(
-    bench: Workbench, spec: Table1Spec, arm: ArmSettings, strict: Perturbation, second: Perturbation | None,
-    transfer: Perturbation,
+    bench: Workbench, spec: Table1Spec, arm: ArmSettings, strict: Battery, second: Battery | None,
+    transfer: Battery,
 ) -> Row:  # fmt: skip
     members = bench.members(arm)
-    judged: dict[Perturbation, list[TargetJudgement]] = {}
+    judged: dict[Battery, list[TargetJudgement]] = {}
     few = bench.images(arm, spec.autoattack_images)
-    for perturbation in (strict, second if arm.in_depth else None):
-        if perturbation is not None:
-            attacks = (autoattack(spec, perturbation),)
+    for battery in (strict, second if arm.in_depth else None):
+        if battery is not None:
+            attacks = (autoattack(spec, battery.perturbation),)
             sources = [bench.base_source(), *bench.other_keys(members, 1)]
-            made = [bench.attack(source, attacks, perturbation, few) for source in sources]
-            judged[perturbation] = [bench.judge(member.id, member.baked, made, few) for member in members]
+            made = [bench.attack(source, attacks, battery.perturbation, few) for source in sources]
+            judged[battery] = [bench.judge(member.id, member.baked, made, few) for member in members]
     all_of_them = bench.images(arm)
     sources = [bench.base_source(), *bench.other_keys(members, 1)]
     for count in spec.ensembles if arm.in_depth else (spec.screened_ensemble,):
         if count < len(members):
             sources += bench.ensemble_with_base(members, count)
-    made = [bench.attack(source, transfer_attacks(spec), transfer, all_of_them) for source in sources]
+    made = [bench.attack(source, transfer_attacks(spec), transfer.perturbation, all_of_them) for source in sources]
     judged[transfer] = [bench.judge(member.id, member.baked, made, all_of_them) for member in members]
     return Row(arm, members, judged)
 
 
 def _accuracy_section(
-    bench: Workbench, spec: Table1Spec, rows: Sequence[Row], strict: Perturbation, second: Perturbation | None,
+    bench: Workbench, spec: Table1Spec, rows: Sequence[Row], strict: Battery, second: Battery | None,
     attackers: Sequence[Attacker],
 ) -> Section:  # fmt: skip
-    perturbations = [strict] if second is None else [strict, second]
+    batteries = [strict] if second is None else [strict, second]
     few = bench.images(None, spec.autoattack_images)
     plain: list[str | FleetMeasured] = ["plain (the public base)", "none trained"]
     truth = few.labels.astype(np.int64)
     right = predict(TorchRuntime(bench.base_model), few.images) == truth
     plain.append(one_model(right, np.ones_like(right)))
     kept: list[str | FleetMeasured] = ["plain (the public base)"]
-    for perturbation in perturbations:
-        made = bench.attack(bench.base_source(), (autoattack(spec, perturbation),), perturbation, few)
+    for battery in batteries:
+        attacks = (autoattack(spec, battery.perturbation),)
+        made = bench.attack(bench.base_source(), attacks, battery.perturbation, few)
         for attacker in attackers:
             if attacker.threat is not Threat.PUBLIC_BASE:
                 plain.append("no key to guess")
@@ -153,14 +167,14 @@ def _accuracy_section(
             clean_accuracy(row.judged[strict]),
         ]  # fmt: skip
         left: list[str | FleetMeasured] = [row.arm.name]
-        for perturbation in perturbations:
+        for battery in batteries:
             for attacker in attackers:
-                found = row.judged.get(perturbation)
+                found = row.judged.get(battery)
                 line.append(NOT_RUN if found is None else robust_accuracy(found, attacker.pick))
-                left.append(complement(row.rate(perturbation, attacker)))
+                left.append(complement(row.rate(battery, attacker)))
         body.append(tuple(_cell(value) for value in line))
         retained.append(tuple(_cell(value) for value in left))
-    heads = [f"AutoAttack on the {a.name}, {p}" for p in perturbations for a in attackers]
+    heads = [f"AutoAttack on the {a.name}, {battery.perturbation}" for battery in batteries for a in attackers]
     caption = (
         "Accuracy over all attacked images, as in the paper. Adversarial images are rounded to 8 bits; the plain model "
         "is attacked itself. Every model of an arm is a target, and a guessed key to the others."
@@ -184,11 +198,11 @@ def _accuracy_section(
 
 
 def _transfer_section(
-    spec: Table1Spec, rows: Sequence[Row], transfer: Perturbation, attackers: Sequence[Attacker]
+    spec: Table1Spec, rows: Sequence[Row], transfer: Battery, attackers: Sequence[Attacker]
 ) -> Section:
     names = ", ".join(attack.description for attack in transfer_attacks(spec))
     heat = HeatMap(
-        title=f"Fooling rate, {transfer}",
+        title=f"Fooling rate, {transfer.perturbation}",
         caption=f"Attacks: {names}. An arm's column is the mean over its models. A model with another key of the same "
         "arm is at once a guessed key, an extracted sibling and a colluding device: all are made in the same way.",
         row_label="Attacker holds", column_label="Arm attacked",
@@ -204,7 +218,7 @@ def _transfer_section(
                 per_ensemble.append((row.arm.name, f"base and {count}", cell(fooling(row.judged[transfer], pick))))
     table = Table(
         title="By size of the ensemble", caption="Fooling rate of the attacks on the base and so many other keys.",
-        columns=("arm", "attacker holds", f"fooled, {transfer}"), rows=tuple(per_ensemble),
+        columns=("arm", "attacker holds", f"fooled, {transfer.perturbation}"), rows=tuple(per_ensemble),
     )  # fmt: skip
     return Section(
         title="Attacks that are made to transfer",
@@ -225,7 +239,7 @@ def _from_ensemble(count: int) -> Pick:
     return pick
 
 
-def _controls_section(rows: Sequence[Row], attackers: dict[Perturbation, list[Attacker]]) -> Section:
+def _controls_section(rows: Sequence[Row], attackers: dict[Battery, list[Attacker]]) -> Section:
     keyed = [row for row in rows if row.arm.block_size is not None]
     controls = [row for row in rows if row.arm.block_size is None]
     lines: list[tuple[TableCell, ...]] = []
@@ -233,10 +247,10 @@ def _controls_section(rows: Sequence[Row], attackers: dict[Perturbation, list[At
         for control in controls:
             if control.arm.adaptation != row.arm.adaptation:
                 continue
-            for perturbation, group in attackers.items():
+            for battery, group in attackers.items():
                 for attacker in group:
-                    advantage = difference(_difference(row, control, perturbation, attacker))
-                    lines.append((row.arm.name, control.arm.name, f"{attacker.name}, {perturbation}", advantage))
+                    advantage = difference(_difference(row, control, battery, attacker))
+                    lines.append((row.arm.name, control.arm.name, f"{attacker.name}, {battery}", advantage))
     return Section(
         title="What the controls explain",
         prose=(
@@ -252,10 +266,8 @@ def _controls_section(rows: Sequence[Row], attackers: dict[Perturbation, list[At
     )  # fmt: skip
 
 
-def _difference(
-    row: Row, control: Row, perturbation: Perturbation, attacker: Attacker
-) -> FleetDifference | NotMeasured:
-    first, second = control.judged.get(perturbation), row.judged.get(perturbation)
+def _difference(row: Row, control: Row, battery: Battery, attacker: Attacker) -> FleetDifference | NotMeasured:
+    first, second = control.judged.get(battery), row.judged.get(battery)
     if first is None or second is None:
         return NOT_RUN
     images = min(len(first[0].labels), len(second[0].labels))
@@ -323,7 +335,7 @@ def _through(member: Member, other: ImageClassifier | None, images: np.ndarray) 
 
 
 def _conclusion(
-    rows: Sequence[Row], strict: Perturbation, transfer: Perturbation, adaptive: Attacker, worst: Attacker
+    rows: Sequence[Row], strict: Battery, transfer: Battery, adaptive: Attacker, worst: Attacker
 ) -> list[str]:
     sentences: list[str] = []
     for row in rows:
@@ -333,8 +345,9 @@ def _conclusion(
         if isinstance(kept, FleetRate) and isinstance(strong, FleetRate):
             sentences.append(
                 f"{row.arm.name} keeps {kept.mean:.3f} [{kept.low:.3f}, {kept.high:.3f}] of its correct images under "
-                f"AutoAttack on a guessed key at {strict}, and is fooled on {strong.mean:.3f} [{strong.low:.3f}, "
-                f"{strong.high:.3f}] in the worst case of the transfer attacks at {transfer}."
+                f"AutoAttack on a guessed key at {strict.perturbation}, and is fooled on {strong.mean:.3f} "
+                f"[{strong.low:.3f}, {strong.high:.3f}] in the worst case of the transfer attacks at "
+                f"{transfer.perturbation}."
             )
         else:
             sentences.append(f"{row.arm.name}: not everything was measured; see the tables.")
@@ -345,7 +358,8 @@ def _budgets(bench: Workbench, spec: Table1Spec) -> list[BudgetLine]:
     strong = f"{spec.strong_steps} steps, {spec.strong_targets} targets"
     return [
         BudgetLine(
-            part="AutoAttack", images=str(spec.autoattack_images), steps=AutoAttack(norm=Norm.LINF).description,
+            part="AutoAttack", images=str(spec.autoattack_images),
+            steps=autoattack(spec, Perturbation.parse(spec.perturbation)).description,
             restarts="1", queries="within it",
         ),
         *(

@@ -1,0 +1,171 @@
+"""Studies: specs, the shared zoo, and all four studies on a tiny base, twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from device_tests.report.study_document import StudyDocument, Table
+from factory.progress import Progress
+from factory.studies.catalogue import run_study
+from factory.studies.spec import read_spec, shipped_studies
+from keys.errors import InputError
+
+SHARED = """\
+seed: 3
+data: {{name: idx, root: {data}, validation: 300}}
+base: {{name: {base}}}
+rank: 4
+images: 100
+momentum_steps: 3
+strong_images: 20
+strong_steps: 5
+strong_targets: 1
+lora_training: &quick {{epochs: 1, batch_size: 25, learning_rate: 0.01, shift: 0, flip: false, precision: fp32}}
+full_training: *quick
+"""
+ARMS = "arms: [{name: keyed, block_size: 7, models: 3, in_depth: true}, {name: plain, models: 2}]\n"
+KINDS = {
+    "table1": "study: table1\nperturbation: linf:8/255\nperturbation_l2: l2:0.5\nensembles: [1, 2]\n"
+    "transfer_attacks: [mi-fgsm]\nscreened_ensemble: 1\nautoattack_images: 90\nautoattack_targets: 1\n"
+    "autoattack_queries: 10\n",
+    "collusion": "study: collusion\ncolluding: [1, 2]\nattacks: [mi-fgsm]\nfleet_size: 100\n",
+    "whitebox": "study: whitebox\nepsilon: linf:0.1\nautoattack: false\ncarlini_wagner_steps: 3\n",
+    "localized": "study: localized\npixels: [1, 4]\npatches: [0.1]\nqueries: 50\npatch_steps: 3\npatch_images: 64\n",
+}
+
+
+@pytest.fixture(scope="module")
+def spec_paths(idx_folder: Path, tiny_base_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("specs")
+    paths: dict[str, Path] = {}
+    for kind, values in KINDS.items():
+        paths[kind] = folder / f"{kind}.yaml"
+        paths[kind].write_text(values + SHARED.format(data=idx_folder, base=tiny_base_path) + ARMS)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def studies(
+    spec_paths: dict[str, Path], silent: Progress, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, StudyDocument]]:
+    out = tmp_path_factory.mktemp("studies")
+    return out, {
+        kind: run_study(read_spec(kind, path), kind, out, silent, f"keyfoundry study {kind}")
+        for kind, path in spec_paths.items()
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_study_writes_markdown_json_a_page_and_figures(
+    studies: tuple[Path, dict[str, StudyDocument]], kind: str
+) -> None:
+    out, documents = studies
+    assert {path.name for path in (out / kind).iterdir()} == {"study.md", "study.json", "study.html", "figures"}
+    assert StudyDocument.model_validate_json((out / kind / "study.json").read_bytes()) == documents[kind]
+    text = (out / kind / "study.md").read_text()
+    assert "keyed" in text
+    assert "plain" in text
+    assert any((out / kind / "figures").glob("*.svg"))
+
+
+def table(document: StudyDocument, title: str) -> dict[str, dict[str, object]]:
+    found = next(block for block in document.blocks if isinstance(block, Table) and block.title == title)
+    return {str(row[0]): dict(zip(found.columns, row, strict=True)) for row in found.rows}
+
+
+def test_table1_measures_the_papers_columns_on_every_arm(studies: tuple[Path, dict[str, StudyDocument]]) -> None:
+    rows = table(studies[1]["table1"], "Accuracy")
+    assert set(rows) == {"plain (the public base)", "keyed", "plain"}
+    keyed = rows["keyed"]
+    for attacked in ("AutoAttack on the base, L∞ 8/255", "AutoAttack on the guessed key, L∞ 8/255"):
+        figure, clean = keyed[attacked], keyed["clean"]
+        assert figure.devices == clean.devices == 3  # type: ignore[attr-defined]
+        assert figure.mean <= clean.mean  # type: ignore[attr-defined]
+    base = rows["plain (the public base)"]
+    attacked_base, clean_base = base["AutoAttack on the base, L∞ 8/255"], base["clean"]
+    assert attacked_base.value < clean_base.value  # type: ignore[attr-defined]
+    agreement = table(studies[1]["table1"], "Keys and agreement")
+    assert agreement["keyed"]["another key"].value < agreement["keyed"]["own key"].value  # type: ignore[attr-defined]
+    assert agreement["plain"]["another key"] == "no key"
+
+
+def test_collusion_says_why_it_has_no_trend_from_two_points(studies: tuple[Path, dict[str, StudyDocument]]) -> None:
+    prose = " ".join(words for section in studies[1]["collusion"].sections for words in section.prose)
+    assert "a trend takes 5 numbers of colluding devices" in prose
+    rows = table(studies[1]["collusion"], "The same in numbers")
+    assert rows["plain"]["2 devices"].reason.startswith("the arm has too few models")  # type: ignore[attr-defined]
+
+
+def test_white_box_attacks_beat_attacks_from_the_base(studies: tuple[Path, dict[str, StudyDocument]]) -> None:
+    white = table(studies[1]["whitebox"], "Accuracy, white-box")["keyed"]["worst of all"]
+    black = table(studies[1]["whitebox"], "Accuracy, black-box, from the base")["keyed"]["worst of all"]
+    assert white.mean < black.mean  # type: ignore[attr-defined]
+
+
+def test_patches_stand_beside_grey_ones(studies: tuple[Path, dict[str, StudyDocument]]) -> None:
+    rows = table(studies[1]["localized"], "Patch against grey patch")
+    assert set(rows) == {"keyed", "plain"}
+    assert rows["keyed"]["grey patch fools"].devices == 3  # type: ignore[attr-defined]
+
+
+def test_a_second_run_attacks_nothing_and_finds_the_same(
+    studies: tuple[Path, dict[str, StudyDocument]], spec_paths: dict[str, Path], silent: Progress
+) -> None:
+    out, documents = studies
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    again = run_study(read_spec("table1", spec_paths["table1"]), "table1", out, silent, "keyfoundry study table1")
+    assert again.sections == documents["table1"].sections
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == before
+
+
+def test_all_studies_share_one_zoo(studies: tuple[Path, dict[str, StudyDocument]]) -> None:
+    models = sorted(path.parent.name.rsplit("-", 1)[0] for path in studies[0].rglob("model.json"))
+    assert models == ["keyed-1", "keyed-2", "keyed-3", "plain-1", "plain-2"]
+
+
+def test_the_shipped_specs_are_read_and_an_unknown_name_is_refused() -> None:
+    assert shipped_studies() == ("collusion", "localized", "table1", "whitebox")
+    assert [read_spec(name).study for name in shipped_studies()] == list(shipped_studies())
+    with pytest.raises(InputError, match="no study 'table2'; there are collusion"):
+        read_spec("table2")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("study: table1\n", "arms"),
+        ("study: tabel1\narms: []\n", "tabel1"),
+        ("study: table1\narms: [{name: a, models: 1}]\n", "models"),
+        ("study: table1\narms: [{name: a}, {name: a}]\n", "two arms have one name"),
+        ("study: table1\narms: [{name: ../a}]\n", "an arm's name"),
+        ("study: collusion\nperturbation: linf:9\narms: [{name: a}]\n", "perturbation"),
+        ("study: collusion\nextra: 1\narms: [{name: a}]\n", "extra"),
+    ],
+)
+def test_a_faulty_spec_is_one_sentence(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        read_spec("mine", path)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_refuses_an_unknown_study_in_one_sentence(keyfoundry: Callable[..., Any]) -> None:
+    done = keyfoundry("study", "table2")
+    assert done.code == 3
+    assert done.err.count("\n") == 1
+    assert "there are collusion, localized, table1, whitebox" in done.err
+
+
+def test_the_command_prints_the_document(
+    keyfoundry: Callable[..., Any], studies: tuple[Path, dict[str, StudyDocument]], spec_paths: dict[str, Path]
+) -> None:
+    done = keyfoundry("study", "collusion", "--spec", spec_paths["collusion"], "--out", studies[0], "--json", "--quiet")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["study"] == "collusion"
