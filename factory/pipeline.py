@@ -9,6 +9,7 @@ function of a module named after what it holds.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -16,6 +17,7 @@ from torch import nn
 from device_tests.accuracy import accuracy
 from device_tests.attacks.attack import Attack
 from device_tests.evidence import Proportion
+from device_tests.foreign_source import PROBES, ForeignSource, load_source
 from device_tests.release_rule import decide
 from device_tests.report.render import write_report
 from device_tests.threats import Source, Threat
@@ -36,6 +38,7 @@ from factory.fleet_report import report_document, report_examples
 from factory.folding import bake
 from factory.packaging import ONNX_NAME, Identity, export_package, parity_of
 from factory.progress import Progress, log_to
+from factory.queries import query_attacks
 from factory.registry import Registry
 from factory.release import check_enough_images, publish, release_rule
 from factory.seeds import derive_seed
@@ -59,11 +62,15 @@ RESERVED = (BASE, GUESSED, UNKEYED, REINITIALISED, "true-key-")
 FEW_VALUES = 12  # 12! = 4.8e8 permutations; 2×2 grey blocks have 24
 
 
-def provision(fleet: Fleet, command: str) -> Findings:
-    """Make, export, attack, judge and release every device of an open fleet; then write its report."""
+def provision(fleet: Fleet, command: str, foreign: Sequence[str] = ()) -> Findings:
+    """Make, export, attack, judge and release every device of an open fleet; then write its report.
+
+    ``foreign``: sources that somebody brought (see :func:`device_tests.foreign_source.load_source`).
+    """
+    brought = foreign_sources(fleet, foreign)
     devices = [make_candidate(fleet, device_id) for device_id in fleet.settings.device_ids]
     controls = [make_candidate(fleet, name) for name in control_names(fleet)]
-    sources = attack_sources(fleet, devices, controls)
+    sources = attack_sources(fleet, devices, controls, brought)
     base_clean = base_accuracy(fleet)
     verdicts = [judge_candidate(fleet, device, sources, base_clean) for device in devices]
     control_verdicts = [judge_candidate(fleet, control, sources, base_clean) for control in controls]
@@ -151,7 +158,20 @@ def make_candidate(fleet: Fleet, name: str) -> Candidate:
     return Candidate(name, generation, model, baked, package)
 
 
-def attack_sources(fleet: Fleet, devices: Sequence[Candidate], controls: Sequence[Candidate]) -> list[AttackedSource]:
+def foreign_sources(fleet: Fleet, names: Sequence[str]) -> list[ForeignSource]:
+    """Load the models that attacks are made on beside the fleet's own; before anything is trained.
+
+    One that only answers, and gives no gradients, is attacked by queries and counts as such.
+    """
+    contract, labels = fleet.base.architecture.contract, fleet.splits.labels
+    images = fleet.splits.validation.take(PROBES).images.numpy()
+    loaded = [load_source(name, contract, labels, images) for name in names]
+    return [source if source.differentiable else replace(source, threat=Threat.QUERIES) for source in loaded]
+
+
+def attack_sources(
+    fleet: Fleet, devices: Sequence[Candidate], controls: Sequence[Candidate], foreign: Sequence[ForeignSource] = ()
+) -> list[AttackedSource]:
     """Attack all that an attacker may hold, each once: see :func:`factory.attackers.who_attacks`."""
     verification = fleet.settings.verification
     guesses = [GUESSED, *(f"{GUESSED}-{number}" for number in range(2, verification.guessed_keys + 1))]
@@ -164,12 +184,15 @@ def attack_sources(fleet: Fleet, devices: Sequence[Candidate], controls: Sequenc
         twins={device.name: twin_of(fleet, device) for device in devices if verification.true_key_ceiling},
     )
     attacks, on = attacks_of(verification), attacked_images(fleet)
+    sources += [source for source in foreign if source.differentiable]
     left = estimate(
         sources, attacks, on, perturbation=verification.perturbation, budget=strong_budget(verification),
         seed=fleet.settings.seed,
     )  # fmt: skip
     fleet.progress.say(left.sentence)
-    return [attack(fleet, source, attacks, on) for source in sources]
+    attacked = [attack(fleet, source, attacks, on) for source in sources]
+    asked = [source for source in foreign if not source.differentiable]
+    return attacked + [attack(fleet, source, query_attacks(verification), on) for source in asked]
 
 
 def twin_of(fleet: Fleet, device: Candidate) -> nn.Module:

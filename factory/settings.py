@@ -112,10 +112,10 @@ class VerificationSettings(Section):
     epsilon: float = Field(default=8 / 255, gt=0, le=1, description="L-infinity budget on inputs in [0, 1]")
     images: int = Field(default=300, ge=1, description="test images that are attacked")
     attacks: tuple[str, ...] = Field(
-        default=("pgd", "mi-fgsm"), min_length=1, description="attacks run on every source"
+        default=("pgd", "mi-di"), min_length=1, description="attacks run on every source"
     )
     pgd_steps: int = Field(default=20, ge=1)
-    momentum_steps: int = Field(default=15, ge=1, description="steps of every attack with momentum")
+    momentum_steps: int = Field(default=20, ge=1, description="steps of every attack with momentum")
     guessed_keys: int = Field(
         default=1, ge=1, le=8, description="guessed-key models that the attacker trains; with the base, its ensembles"
     )

@@ -25,14 +25,19 @@ Devices = Annotated[list[str] | None, typer.Argument(help="Device ids; default: 
 
 
 @contextlib.contextmanager
-def existing_fleet(out: Path, passphrase_file: Path | None, quiet: bool) -> Iterator[Fleet]:
-    """Hold and open the fleet in ``out`` with the settings it was made with."""
+def existing_fleet(out: Path, passphrase_file: Path | None, quiet: bool, budget: str | None = None) -> Iterator[Fleet]:
+    """Hold and open the fleet in ``out`` with the settings it was made with; ``budget`` replaces its verification."""
     from factory.fleet_folder import FleetFolder
     from factory.pipeline import open_fleet
     from factory.progress import Progress
+    from factory.settings import FleetSettings, parse
 
     folder = FleetFolder(out)
     settings = folder.stored_settings()
+    if budget is not None:
+        kept = settings.verification.model_dump(include={"epsilon"})
+        values = settings.model_dump(mode="json") | {"verification": kept | {"budget": budget}}
+        settings = parse(FleetSettings, values, "the settings")
     with folder.locked():
         yield open_fleet(folder, settings, Progress(quiet=quiet), passphrase_file)
 
@@ -102,22 +107,53 @@ def export_command(
 
 
 def verify_command(
-    out: Out = DEFAULT_OUT, passphrase_file: PassphraseFile = None, quiet: Quiet = False, json_output: Json = False
+    out: Out = DEFAULT_OUT,
+    budget: Annotated[
+        str | None, typer.Option(help="How hard the devices are attacked: quick, standard or full; default: as before.")
+    ] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A model of your own to make attacks on: package.module:factory (its code is run) or FILE.onnx; may be "
+            "given again."
+        ),
+    ] = None,
+    adversarial: Annotated[
+        Path | None, typer.Option(help="Judge adversarial images made elsewhere (.npz or a folder of PNG) and stop.")
+    ] = None,
+    clean_images: Annotated[
+        Path | None, typer.Option(help="Write the images to attack as .npz, for attacks made elsewhere, and stop.")
+    ] = None,
+    passphrase_file: PassphraseFile = None,
+    quiet: Quiet = False,
+    json_output: Json = False,
 ) -> None:
     """Attack and judge every device of an existing fleet again, release or reject it, and rewrite the report.
 
     Attacks that were made on the same models are reused; everything is judged anew on the packages as they are.
 
     \b
-    Example: keyfoundry verify --out fleet --json
+    Examples:
+      keyfoundry verify --out fleet --json
+      keyfoundry verify --out fleet --budget standard
+      keyfoundry verify --out fleet --clean-images clean.npz
+      keyfoundry verify --out fleet --adversarial attacked.npz
     """
     from rich.console import Console
 
+    from factory.cli.adversarial import verify_adversarial, write_clean_images
     from factory.cli.provision import fleet_table
     from factory.pipeline import provision
 
-    with existing_fleet(out, passphrase_file, quiet) as fleet:
-        findings = provision(fleet, shlex.join(["keyfoundry", *sys.argv[1:]]))
+    with existing_fleet(out, passphrase_file, quiet, budget) as fleet:
+        if clean_images is not None:
+            write_clean_images(fleet, clean_images)
+            typer.echo(f"{clean_images}: the images that this fleet's attacks use.")
+        if adversarial is not None:
+            verify_adversarial(fleet, adversarial, json_output=json_output)
+        if clean_images is not None or adversarial is not None:
+            return
+        findings = provision(fleet, shlex.join(["keyfoundry", *sys.argv[1:]]), source or ())
     if json_output:
         typer.echo((out / "report.json").read_text())
     else:
