@@ -111,9 +111,7 @@ class VerificationSettings(Section):
     )
     epsilon: float = Field(default=8 / 255, gt=0, le=1, description="L-infinity budget on inputs in [0, 1]")
     images: int = Field(default=300, ge=1, description="test images that are attacked")
-    attacks: tuple[str, ...] = Field(
-        default=("pgd", "mi-di"), min_length=1, description="attacks run on every source"
-    )
+    attacks: tuple[str, ...] = Field(default=("pgd", "mi-di"), min_length=1, description="attacks run on every source")
     pgd_steps: int = Field(default=20, ge=1)
     momentum_steps: int = Field(default=20, ge=1, description="steps of every attack with momentum")
     guessed_keys: int = Field(

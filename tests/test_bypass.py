@@ -85,8 +85,8 @@ def test_attacks_through_the_stand_in_carry_over(
 def test_labels_alone_are_enough_but_tell_less(base: nn.Module, target: TorchRuntime, images: np.ndarray) -> None:
     scores = fitted(base, target, images, StandIn.LINEAR)
     labels = fitted(base, target, images, StandIn.LINEAR, scores=False)
-    chance = float((predict(TorchRuntime(base), images) == predict(target, images)).mean())
-    assert labels.agreement.value > chance + 0.2
+    before = float((predict(TorchRuntime(base), images) == predict(target, images)).mean())
+    assert before + 0.05 < labels.agreement.value < scores.agreement.value
     assert labels.description != scores.description
 
 

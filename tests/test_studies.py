@@ -21,7 +21,7 @@ data: {{name: idx, root: {data}, validation: 300}}
 base: {{name: {base}}}
 rank: 4
 images: 100
-momentum_steps: 3
+momentum_steps: 10
 strong_images: 20
 strong_steps: 5
 strong_targets: 1
@@ -31,9 +31,9 @@ full_training: *quick
 ARMS = "arms: [{name: keyed, block_size: 7, models: 3, in_depth: true}, {name: plain, models: 2}]\n"
 KINDS = {
     "table1": "study: table1\nperturbation: linf:8/255\nperturbation_l2: l2:0.5\nensembles: [1, 2]\n"
-    "transfer_attacks: [mi-fgsm]\nscreened_ensemble: 1\nautoattack_images: 90\nautoattack_targets: 1\n"
+    "transfer_attacks: [pgd]\nscreened_ensemble: 1\nautoattack_images: 90\nautoattack_targets: 1\n"
     "autoattack_queries: 10\n",
-    "collusion": "study: collusion\ncolluding: [1, 2]\nattacks: [mi-fgsm]\nfleet_size: 100\n",
+    "collusion": "study: collusion\ncolluding: [1, 2]\nattacks: [pgd]\nfleet_size: 100\n",
     "whitebox": "study: whitebox\nepsilon: linf:0.1\nautoattack: false\ncarlini_wagner_steps: 3\n",
     "localized": "study: localized\npixels: [1, 4]\npatches: [0.1]\nqueries: 50\npatch_steps: 3\npatch_images: 64\n",
 }

@@ -164,7 +164,7 @@ class _First(nn.Module):
 class _Linear(_First):
     """Starts as the identity: the attacker's first guess is the public base itself."""
 
-    rate = 3e-3
+    rate = 2e-2
 
     def __init__(self, values: int) -> None:
         super().__init__()

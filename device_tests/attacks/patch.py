@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from device_tests.attacks.attack import Progress
-from device_tests.attacks.gradients import at_rest
+from device_tests.attacks.gradients import at_rest, batches
 from device_tests.images import from_8bit
 from device_tests.perturbation import Norm, Perturbation
 from keys.errors import InputError
@@ -61,14 +61,19 @@ class UniversalPatch:
     """A square patch that fools as many images as possible wherever it lies, by gradients on the ``examples``.
 
     ``steps`` of Adam on the patch alone, each with ``batch`` examples at new places (expectation over transformation,
-    Athalye et al., ICML 2018), from a uniformly random patch. Raises :class:`InputError` for an empty budget.
+    Athalye et al., ICML 2018), three times: from a black, a white and a random patch, of which the one that fools most
+    examples is taken. Where it starts matters: on dark Fashion-MNIST a plain black patch of 25 % fools a trained ViT
+    on twice as many images as a patch fitted from noise does. Raises :class:`InputError` for an empty budget.
     """
 
     examples: PatchExamples
     steps: int = 100
     batch: int = 32
-    rate: float = 0.05
+    rate: float = 0.1
     norm: ClassVar[Norm] = Norm.PATCH
+
+    _STARTS: ClassVar[tuple[float | None, ...]] = (0.0, 1.0, None)
+    """Levels of the plain patches to start from; ``None`` is uniform noise."""
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch) < 1 or not self.rate > 0:
@@ -85,14 +90,14 @@ class UniversalPatch:
     def description(self) -> str:
         """Budget, and the examples by their digest."""
         return (
-            f"universal patch, {self.steps} steps of Adam at {self.rate:g} with {self.batch} of "
-            f"{len(self.examples.images)} examples {self.examples.digest[:16]} at random places"
+            f"universal patch, best of {len(self._STARTS)} starts, {self.steps} steps of Adam at {self.rate:g} with "
+            f"{self.batch} of {len(self.examples.images)} examples {self.examples.digest[:16]} at random places"
         )
 
     @property
     def gradients_per_image(self) -> int:
-        """``steps``: the fit costs ``steps``·``batch`` gradients however many images are judged."""
-        return self.steps
+        """The fit's steps: it costs a batch of gradients in each, however many images are judged."""
+        return self.steps * len(self._STARTS)
 
     def generate(
         self,
@@ -129,44 +134,81 @@ class UniversalPatch:
         side: int,
         *,
         seed: int,
-        device: torch.device | None = None,
+        device: torch.device,
         progress: Progress | None = None,
         each: int = 1,
     ) -> torch.Tensor:
         """The patch itself, C×side×side in [0, 1]; ``progress`` hears of ``each`` after every step.
 
-        Lowers the mean of −log(1 − p) for p of the true class, which, unlike the cross-entropy, does not go on pushing
-        images that are fooled already. Raises :class:`InputError` if a gradient is not finite.
+        Only examples that the model gets right are used, where there are any. Raises :class:`InputError` if a gradient is not finite.
         """
         generator = torch.Generator().manual_seed(seed)
-        shape = self.examples.images.shape
-        patch = torch.rand((shape[1], side, side), generator=generator).to(device or "cpu")
-        optimizer = torch.optim.Adam([patch], lr=self.rate)
+        channels, height, width = self.examples.images.shape[1:]
+        everything = np.arange(len(self.examples.images))
+        fitted: list[torch.Tensor] = []
         with at_rest(model):
-            for step in range(self.steps):
-                chosen = torch.randint(shape[0], (self.batch,), generator=generator)
-                images = torch.from_numpy(from_8bit(self.examples.images[chosen.numpy()])).to(patch)
-                labels = torch.from_numpy(self.examples.labels[chosen.numpy()].astype(np.int64)).to(patch.device)
-                spots = _places(self.batch, shape[2], shape[3], side, generator)
-                with torch.enable_grad():
-                    leaf = patch.detach().requires_grad_(True)
-                    logits = model(pasted(images, leaf, spots))
-                    others = logits.scatter(1, labels[:, None], -torch.inf)
-                    loss = (logits.logsumexp(dim=1) - others.logsumexp(dim=1)).mean()
-                patch.grad = torch.autograd.grad(loss, leaf)[0]
-                if not torch.isfinite(patch.grad).all():
-                    raise InputError(
-                        "The loss of a model that a patch is fitted on has no finite gradient, so its weights are not "
-                        "usable; train that model again."
-                    )
-                for group in optimizer.param_groups:
-                    group["lr"] = self.rate * (1 + math.cos(math.pi * step / self.steps)) / 2
-                optimizer.step()
-                # Outside the graph, so that no gradient passes the clamp.
-                patch.clamp_(0, 1)
-                if progress is not None:
-                    progress(each)
-        return patch
+            # An example that is wrong without a patch has nothing to teach, and would blur which patch is best.
+            right = everything[~self._wrong(model, everything, device)]
+            usable = right if len(right) else everything
+            spots = _places(len(usable), height, width, side, generator)
+            for start in self._STARTS:
+                patch = torch.rand((channels, side, side), generator=generator)
+                if start is not None:
+                    patch.fill_(start)
+                patch = patch.to(device)
+                self._descend(model, patch, usable, generator, progress, each)
+                fitted.append(patch)
+            return max(fitted, key=lambda patch: self._wrong(model, usable, device, patch, spots).sum())
+
+    def _descend(
+        self, model: nn.Module, patch: torch.Tensor, usable: np.ndarray, generator: torch.Generator,
+        progress: Progress | None, each: int,
+    ) -> None:  # fmt: skip
+        """Lower, in place, the mean probability of the true class: the share of images expected to be right.
+
+        Unlike the cross-entropy it does not go on pushing images that are fooled already.
+        """
+        optimizer = torch.optim.Adam([patch], lr=self.rate)
+        height, width = self.examples.images.shape[2:]
+        for step in range(self.steps):
+            chosen = usable[torch.randint(len(usable), (self.batch,), generator=generator).numpy()]
+            images, labels = self._tensors(chosen, patch.device)
+            spots = _places(self.batch, height, width, patch.shape[-1], generator)
+            with torch.enable_grad():
+                leaf = patch.detach().requires_grad_(True)
+                right = model(pasted(images, leaf, spots)).softmax(dim=1).gather(1, labels[:, None])
+            patch.grad = torch.autograd.grad(right.mean(), leaf)[0]
+            if not torch.isfinite(patch.grad).all():
+                raise InputError(
+                    "The loss of a model that a patch is fitted on has no finite gradient, so its weights are not "
+                    "usable; train that model again."
+                )
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate * (1 + math.cos(math.pi * step / self.steps)) / 2
+            optimizer.step()
+            # Outside the graph, so that no gradient passes the clamp.
+            patch.clamp_(0, 1)
+            if progress is not None:
+                progress(each)
+        patch.grad = None
+
+    @torch.no_grad()
+    def _wrong(
+        self, model: nn.Module, chosen: np.ndarray, device: torch.device, patch: torch.Tensor | None = None,
+        spots: torch.Tensor | None = None,
+    ) -> np.ndarray:  # fmt: skip
+        """Which of the chosen examples the model gets wrong, with the patch at their spots or without one: bool."""
+        wrong: list[np.ndarray] = []
+        for part in batches(torch.from_numpy(self.examples.images[chosen])):
+            images, labels = self._tensors(chosen[part], device)
+            if patch is not None and spots is not None:
+                images = pasted(images, patch, spots[part])
+            wrong.append((model(images).argmax(dim=1) != labels).cpu().numpy())
+        return np.concatenate(wrong)
+
+    def _tensors(self, chosen: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        images = torch.from_numpy(from_8bit(self.examples.images[chosen])).to(device)
+        return images, torch.from_numpy(self.examples.labels[chosen].astype(np.int64)).to(device)
 
 
 @dataclass(frozen=True)

@@ -114,8 +114,8 @@ def verify_command(
     source: Annotated[
         list[str] | None,
         typer.Option(
-            help="A model of your own to make attacks on: package.module:factory (its code is run) or FILE.onnx; may be "
-            "given again."
+            help="A model of your own to make attacks on: package.module:factory (its code is run) or FILE.onnx; may "
+            "be given again."
         ),
     ] = None,
     adversarial: Annotated[

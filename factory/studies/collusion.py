@@ -103,7 +103,8 @@ _SYMMETRY = (
 
 
 def _attacks(spec: CollusionSpec) -> tuple[Attack, ...]:
-    return named_attacks(spec.attacks, pgd_steps=spec.momentum_steps, momentum_steps=spec.momentum_steps)
+    steps = spec.momentum_steps
+    return named_attacks(spec.attacks, pgd_steps=steps, momentum_steps=steps, bf16=spec.bf16)
 
 
 def _line(bench: Workbench, spec: CollusionSpec, arm: ArmSettings, perturbation: Perturbation) -> Line:

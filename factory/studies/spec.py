@@ -62,6 +62,7 @@ class Spec(Section):
     full_training: TrainingSettings = TrainingSettings(learning_rate=5e-4)
     images: int = Field(default=300, ge=2, description="test images that are attacked")
     momentum_steps: int = Field(default=20, ge=1, description="steps of the attacks with momentum")
+    bf16: bool = Field(default=False, description="gradients of the transfer attacks in bfloat16")
     strong_images: int = Field(default=80, ge=1, description="images of the self-check")
     strong_steps: int = Field(default=30, ge=1)
     strong_targets: int = Field(default=3, ge=1)
@@ -96,6 +97,7 @@ class Table1Spec(Spec):
     screened_ensemble: int = Field(default=2, ge=1, description="guessed keys beside the base, all other arms")
     transfer_attacks: tuple[str, ...] = ("mi-di",)
     autoattack_images: int = Field(default=300, ge=2)
+    autoattack_l2_images: int = Field(default=100, ge=2, description="L2 leaves more to the slow attacks at its end")
     autoattack_targets: int = Field(default=9, ge=1, description="wrong classes aimed at; the standard version: 9")
     autoattack_queries: int = Field(default=5000, ge=1, description="of Square, at the end; the standard version: 5000")
 

@@ -18,7 +18,7 @@ from device_tests.attacks.attack import Attack
 from device_tests.attacks.autoattack import AutoAttack
 from device_tests.attacks.catalogue import named_attacks
 from device_tests.fleet_statistics import FleetDifference, FleetRate, group_difference
-from device_tests.perturbation import Perturbation
+from device_tests.perturbation import Norm, Perturbation
 from device_tests.report.study_document import BudgetLine, HeatMap, HeatRow, Section, StudyDocument, Table, TableCell
 from device_tests.threats import Threat
 from device_tests.transfer import TargetJudgement
@@ -110,9 +110,14 @@ def autoattack(spec: Table1Spec, perturbation: Perturbation) -> AutoAttack:
     return AutoAttack(targets=spec.autoattack_targets, queries=spec.autoattack_queries, norm=perturbation.norm)
 
 
+def _autoattacked(spec: Table1Spec, battery: Battery) -> int:
+    return spec.autoattack_l2_images if battery.perturbation.norm is Norm.L2 else spec.autoattack_images
+
+
 def transfer_attacks(spec: Table1Spec) -> tuple[Attack, ...]:
     """The attacks that are made to transfer."""
-    return named_attacks(spec.transfer_attacks, pgd_steps=spec.momentum_steps, momentum_steps=spec.momentum_steps)
+    steps = spec.momentum_steps
+    return named_attacks(spec.transfer_attacks, pgd_steps=steps, momentum_steps=steps, bf16=spec.bf16)
 
 
 def _row(
@@ -121,9 +126,9 @@ def _row(
 ) -> Row:  # fmt: skip
     members = bench.members(arm)
     judged: dict[Battery, list[TargetJudgement]] = {}
-    few = bench.images(arm, spec.autoattack_images)
     for battery in (strict, second if arm.in_depth else None):
         if battery is not None:
+            few = bench.images(arm, _autoattacked(spec, battery))
             attacks = (autoattack(spec, battery.perturbation),)
             sources = [bench.base_source(), *bench.other_keys(members, 1)]
             made = [bench.attack(source, attacks, battery.perturbation, few) for source in sources]
@@ -151,6 +156,7 @@ def _accuracy_section(
     kept: list[str | FleetMeasured] = ["plain (the public base)"]
     for battery in batteries:
         attacks = (autoattack(spec, battery.perturbation),)
+        few = bench.images(None, _autoattacked(spec, battery))
         made = bench.attack(bench.base_source(), attacks, battery.perturbation, few)
         for attacker in attackers:
             if attacker.threat is not Threat.PUBLIC_BASE:
@@ -358,7 +364,7 @@ def _budgets(bench: Workbench, spec: Table1Spec) -> list[BudgetLine]:
     strong = f"{spec.strong_steps} steps, {spec.strong_targets} targets"
     return [
         BudgetLine(
-            part="AutoAttack", images=str(spec.autoattack_images),
+            part="AutoAttack", images=f"{spec.autoattack_images} (L2: {spec.autoattack_l2_images})",
             steps=autoattack(spec, Perturbation.parse(spec.perturbation)).description,
             restarts="1", queries="within it",
         ),
