@@ -178,7 +178,7 @@ def _python_source(
     description = f"a source of the user's own, {text}"
     if missing is not None:
         description += f"; it can only be asked: {missing}"
-    return ForeignSource(_id(attribute), threat, model, description, differentiable=missing is None)
+    return ForeignSource(_id(module_name, attribute), threat, model, description, differentiable=missing is None)
 
 
 def _onnx_source(
@@ -191,13 +191,13 @@ def _onnx_source(
     answers = runtime.logits(from_8bit(probes))
     _check_logits(str(path), answers, len(probes), classes)
     converted = _converted(data, digest.digest(), probes, answers)
+    # With the digest: many files are called model.onnx, and two sources must not be one.
+    name = _id(path.stem, digest.hexdigest()[:8])
     description = f"a source of the user's own, the ONNX file {path.name}"
     if isinstance(converted, nn.Module):
-        return ForeignSource(_id(path.stem), threat, converted, f"{description}, converted to torch")
+        return ForeignSource(name, threat, converted, f"{description}, converted to torch")
     model = AnsweringModel(runtime, digest.hexdigest())
-    return ForeignSource(
-        _id(path.stem), threat, model, f"{description}; it can only be asked: {converted}", differentiable=False
-    )
+    return ForeignSource(name, threat, model, f"{description}; it can only be asked: {converted}", differentiable=False)
 
 
 def _converted(data: bytes, digest: bytes, probes: np.ndarray, answers: np.ndarray) -> ConvertedOnnx | str:
@@ -298,9 +298,9 @@ def _names(inputs: Sequence[Any]) -> list[str]:
     return [axis for value in inputs for axis in value.shape if isinstance(axis, str)]
 
 
-def _id(name: str) -> str:
+def _id(*parts: str) -> str:
     """A source id that is safe as a folder's name and that no device of a fleet can have."""
-    return "own." + (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or "source")
+    return "own." + "-".join(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-")[-40:] for part in parts)
 
 
 def _first_line(error: Exception) -> str:

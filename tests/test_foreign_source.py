@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import io
 import subprocess
@@ -113,7 +114,7 @@ def own_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_python_factory_is_a_source_to_attack(images: np.ndarray) -> None:
     source = load_source("own_models:small", CONTRACT, LABELS, images)
-    assert (source.id, source.threat, source.differentiable) == ("own.small", Threat.PUBLIC_BASE, True)
+    assert (source.id, source.threat, source.differentiable) == ("own.own-models-small", Threat.PUBLIC_BASE, True)
     assert "own_models:small" in source.description
     labels = TorchRuntime(source.model).logits(from_8bit(images)).argmax(axis=1)
     ball = Perturbation.parse("linf:8/255")
@@ -210,7 +211,8 @@ def test_a_small_cnn_gives_the_gradients_of_the_module_it_was_exported_from(imag
     path = tmp_path / "Small CNN.onnx"
     path.write_bytes(stream.getvalue())
     source = load_source(str(path), CONTRACT, LABELS, images)
-    assert (source.id, source.differentiable) == ("own.small-cnn", True)
+    assert source.id == f"own.small-cnn-{hashlib.sha256(stream.getvalue()).hexdigest()[:8]}"
+    assert source.differentiable
     assert "the ONNX file Small CNN.onnx, converted to torch" in source.description
     gradients: list[torch.Tensor] = []
     for model in (module, source.model):

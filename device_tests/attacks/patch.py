@@ -70,7 +70,11 @@ class UniversalPatch:
     steps: int = 100
     batch: int = 32
     rate: float = 0.1
-    norm: ClassVar[Norm] = Norm.PATCH
+
+    @property
+    def norm(self) -> Norm:
+        """One square patch."""
+        return Norm.PATCH
 
     _STARTS: ClassVar[tuple[float | None, ...]] = (0.0, 1.0, None)
     """Levels of the plain patches to start from; ``None`` is uniform noise."""
@@ -140,7 +144,8 @@ class UniversalPatch:
     ) -> torch.Tensor:
         """The patch itself, C×side×side in [0, 1]; ``progress`` hears of ``each`` after every step.
 
-        Only examples that the model gets right are used, where there are any. Raises :class:`InputError` if a gradient is not finite.
+        Only examples that the model gets right are used, where there are any. Raises :class:`InputError` if a gradient
+        is not finite.
         """
         generator = torch.Generator().manual_seed(seed)
         channels, height, width = self.examples.images.shape[1:]
@@ -176,8 +181,8 @@ class UniversalPatch:
             spots = _places(self.batch, height, width, patch.shape[-1], generator)
             with torch.enable_grad():
                 leaf = patch.detach().requires_grad_(True)
-                right = model(pasted(images, leaf, spots)).softmax(dim=1).gather(1, labels[:, None])
-            patch.grad = torch.autograd.grad(right.mean(), leaf)[0]
+                right = model(pasted(images, leaf, spots)).softmax(dim=1).gather(1, labels[:, None]).mean()
+            patch.grad = torch.autograd.grad(right, leaf)[0]
             if not torch.isfinite(patch.grad).all():
                 raise InputError(
                     "The loss of a model that a patch is fitted on has no finite gradient, so its weights are not "
@@ -215,7 +220,10 @@ class UniversalPatch:
 class GreyPatch:
     """The control: mid-grey where :class:`UniversalPatch` pastes its patch, for the same seed and share of the area."""
 
-    norm: ClassVar[Norm] = Norm.PATCH
+    @property
+    def norm(self) -> Norm:
+        """One square patch."""
+        return Norm.PATCH
 
     @property
     def name(self) -> str:

@@ -27,7 +27,11 @@ class SparseSearch:
     """
 
     queries: int = 500
-    norm: ClassVar[Norm] = Norm.L0
+
+    @property
+    def norm(self) -> Norm:
+        """Single pixels."""
+        return Norm.L0
 
     # Share of the pixels that is swapped, by the share of the budget that is spent (the paper's schedule for L0).
     _SCHEDULE: ClassVar[tuple[tuple[float, float], ...]] = (
@@ -124,7 +128,11 @@ class PixelEvolution:
     queries: int = 1000
     population: int = 50
     weight: float = 0.5
-    norm: ClassVar[Norm] = Norm.L0
+
+    @property
+    def norm(self) -> Norm:
+        """Single pixels."""
+        return Norm.L0
 
     def __post_init__(self) -> None:
         if self.population < 4 or self.queries < self.population:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from device_tests.perturbation import Perturbation
+from device_tests.report.charts import Pictures
 from device_tests.report.study_document import StudyDocument
 from device_tests.report.study_render import write_study
 from factory.progress import Progress
@@ -11,7 +13,7 @@ from factory.studies.collusion import collusion
 from factory.studies.localized import localized
 from factory.studies.spec import AnySpec, CollusionSpec, LocalizedSpec, Table1Spec
 from factory.studies.table1 import table1
-from factory.studies.whitebox import whitebox
+from factory.studies.whitebox import GALLERY, gallery_of, whitebox
 from factory.studies.workbench import open_workbench
 
 
@@ -20,6 +22,7 @@ def run_study(spec: AnySpec, name: str, out: Path, progress: Progress, command: 
 
     The results go to ``out/name``. What an interrupted run finished is kept and not done again.
     """
+    galleries: dict[str, list[Pictures]] = {}
     with open_workbench(out, spec, progress) as bench:
         if isinstance(spec, Table1Spec):
             document = table1(bench, spec, command)
@@ -29,5 +32,7 @@ def run_study(spec: AnySpec, name: str, out: Path, progress: Progress, command: 
             document = localized(bench, spec, command)
         else:
             document = whitebox(bench, spec, command)
-        write_study(out / name, document, {})
+            shown = gallery_of(bench, spec, Perturbation.parse(spec.epsilon))
+            galleries = {GALLERY: [pictures for pictures, _ in shown]}
+        write_study(out / name, document, galleries)
     return document

@@ -28,6 +28,7 @@ from device_tests.report.study_document import (
 from device_tests.threats import Threat
 from device_tests.transfer import TargetJudgement
 from exporters.measured import NotMeasured
+from factory.studies.canary_section import canary_section
 from factory.studies.spec import ArmSettings, CollusionSpec
 from factory.studies.study_report import cell, in_words, study_document
 from factory.studies.workbench import FleetMeasured, Workbench, fooling, worst_over
@@ -83,6 +84,7 @@ def collusion(bench: Workbench, spec: CollusionSpec, command: str) -> StudyDocum
         Section(title="Collusion", prose=(_SYMMETRY,), blocks=(curve, table)),
         Section(title=f"A fleet of {spec.fleet_size:,}", prose=tuple(_said(trends, spec)), blocks=()),
         Section(title="Keyed against un-keyed", prose=tuple(_against_control(lines)), blocks=()),
+        canary_section(bench, spec.arms[:4]),
     ]
     largest = {line.arm.name: max(line.judged) for line in lines if line.judged}
     most = {

@@ -31,6 +31,7 @@ from device_tests.statistics import Pairs
 from device_tests.threats import Source, Threat
 from device_tests.transfer import TargetJudgement
 from exporters.measured import NotMeasured
+from factory.studies.canary_section import canary_section
 from factory.studies.spec import ArmSettings, LocalizedSpec
 from factory.studies.study_report import cell, complement, difference, study_document
 from factory.studies.workbench import FleetMeasured, Workbench, fooling, worst_over
@@ -65,6 +66,7 @@ def localized(bench: Workbench, spec: LocalizedSpec, command: str) -> StudyDocum
                 _grey_table(spec, judged, patches),
             ),
         ),
+        canary_section(bench, spec.arms[:4]),
     ]  # fmt: skip
     highlights: dict[str, FleetMeasured] = {
         f"{arm.name}: defence success, {pixels[-1]}": complement(fooling(judged[arm.name, pixels[-1]], worst_over()))

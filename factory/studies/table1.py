@@ -25,6 +25,7 @@ from device_tests.transfer import TargetJudgement
 from exporters.measured import NotMeasured
 from exporters.run_torch import TorchRuntime
 from factory.classifier import ImageClassifier
+from factory.studies.canary_section import canary_section
 from factory.studies.spec import ArmSettings, Table1Spec
 from factory.studies.study_report import cell, complement, difference, study_document
 from factory.studies.workbench import (
@@ -91,6 +92,7 @@ def table1(bench: Workbench, spec: Table1Spec, command: str) -> StudyDocument:
         _transfer_section(spec, rows, transfer, [non_adaptive, adaptive, several, worst]),
         _controls_section(rows, {strict: [non_adaptive, adaptive], transfer: [several, worst]}),
         _why_section(bench, rows),
+        canary_section(bench, [arm for arm in spec.arms if arm.in_depth] or spec.arms[:1]),
     ]
     highlights: dict[str, FleetMeasured] = {}
     for row in rows:

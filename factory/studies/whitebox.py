@@ -10,29 +10,39 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from device_tests.accuracy import predict
 from device_tests.attacks.attack import Attack
 from device_tests.attacks.autoattack import AutoAttack
 from device_tests.attacks.catalogue import named_attacks
 from device_tests.attacks.foolbox_attack import FoolboxAttack
 from device_tests.perturbation import Norm, Perturbation
+from device_tests.report.charts import Pictures
 from device_tests.report.study_document import (
     BarGroup,
     Bars,
     BudgetLine,
     Cell,
+    Curve,
+    CurvePoint,
+    Gallery,
+    GalleryItem,
     Section,
+    Series,
     StudyDocument,
     Table,
     TableCell,
 )
 from device_tests.threats import Source, Threat
 from device_tests.transfer import TargetJudgement
+from exporters.run_torch import TorchRuntime
+from factory.studies.canary_section import canary_section
 from factory.studies.spec import ArmSettings, WhiteboxSpec
 from factory.studies.study_report import cell, study_document
 from factory.studies.workbench import (
     FleetMeasured,
     Workbench,
     clean_accuracy,
+    fooling,
     one_model,
     robust_accuracy,
     worst_over,
@@ -40,6 +50,8 @@ from factory.studies.workbench import (
 
 STEPS = 10
 """Iterations of BIM, MIM and PGD in the paper, of ε/10 each for BIM and MIM."""
+
+GALLERY = "examples"
 
 SUITE = ("fgsm", "bim", "mi-fgsm", "pgd")
 
@@ -71,7 +83,10 @@ def whitebox(bench: Workbench, spec: WhiteboxSpec, command: str) -> StudyDocumen
             ),
         )
     )
+    sections.append(_epsilon_section(spec, judged, balls))
     sections.append(_classes_section(bench, spec, judged, balls[0]))
+    sections.append(_gallery_section(bench, spec, balls[0]))
+    sections.append(canary_section(bench, spec.arms[:4]))
     highlights: dict[str, FleetMeasured] = {
         f"{arm.name}: accuracy left, white-box, {balls[0]}": robust_accuracy(
             judged[arm.name, balls[0]], worst_over([Threat.TARGET_ITSELF])
@@ -130,6 +145,64 @@ def _table(
         title=title, caption=f"Share of all images that are still classified correctly, {perturbation}.",
         columns=("arm", "no attack", *names, "worst of all"), rows=tuple(rows),
     )  # fmt: skip
+
+
+def _epsilon_section(
+    spec: WhiteboxSpec, judged: dict[tuple[str, Perturbation], list[TargetJudgement]], balls: Sequence[Perturbation]
+) -> Section:
+    series = [
+        Series(
+            name=f"{arm.name}, {words}",
+            points=tuple(
+                CurvePoint(
+                    x=255 * ball.size, label=str(ball).removeprefix("L∞ "),
+                    figure=cell(fooling(judged[arm.name, ball], worst_over([threat]))),
+                )
+                for ball in sorted(balls, key=lambda ball: ball.size)
+            ),
+        )
+        for arm in spec.arms[:4]
+        for words, threat in (("white-box", Threat.TARGET_ITSELF), ("from the base", Threat.PUBLIC_BASE))
+    ]  # fmt: skip
+    return Section(
+        title="Against ε",
+        prose=("The per-image worst over all attacks of the suite.",),
+        blocks=(
+            Curve(
+                title="Fooling rate against ε", caption="L∞, in 255ths.", x_label="ε · 255", y_label="fooling rate",
+                x_scale="log", series=tuple(series),
+            ),
+        ),
+    )  # fmt: skip
+
+
+def gallery_of(bench: Workbench, spec: WhiteboxSpec, perturbation: Perturbation) -> list[tuple[Pictures, GalleryItem]]:
+    """The first images that an attack on the base changes into another class for the base, and what devices say."""
+    on, labels = bench.images(at_most=32), bench.splits.labels
+    made = bench.attack(bench.base_source(), _suite(spec, perturbation), perturbation, bench.images(spec.arms[0]))
+    base = TorchRuntime(bench.base_model)
+    shown: list[tuple[Pictures, GalleryItem]] = []
+    for arm in spec.arms:
+        member = bench.members(arm)[0]
+        attacked = made.adversarial.images["pgd"][: len(on.images)]
+        by_base, by_target = predict(base, attacked), predict(TorchRuntime(member.baked), attacked)
+        fooled = np.flatnonzero((predict(base, on.images) == on.labels) & (by_base != on.labels))[:2]
+        for index in fooled:
+            item = GalleryItem(
+                label=labels[int(on.labels[index])], source_prediction=labels[int(by_base[index])],
+                target_prediction=labels[int(by_target[index])], note=f"pgd on the base, judged on {member.id}",
+            )  # fmt: skip
+            shown.append((Pictures(on.images[index], attacked[index]), item))
+    return shown
+
+
+def _gallery_section(bench: Workbench, spec: WhiteboxSpec, perturbation: Perturbation) -> Section:
+    items = tuple(item for _, item in gallery_of(bench, spec, perturbation))
+    return Section(
+        title="Examples",
+        prose=("Images that fool the public base, and what a model of each arm says of them.",),
+        blocks=(Gallery(name=GALLERY, title=f"Adversarial images, {perturbation}", caption="", items=items),),
+    )
 
 
 def _classes_section(
