@@ -37,6 +37,7 @@ from device_tests.report.document import (
 )
 from device_tests.report.figures import difference_times_ten
 from device_tests.report.fleet_figures import Example
+from device_tests.statistics import at_least_once
 from device_tests.threats import Threat
 from exporters.measured import NotMeasured
 from exporters.parity import Parity
@@ -181,6 +182,12 @@ def _notes(findings: Findings) -> tuple[str, ...]:
         for verdict in findings.verdicts
         if (found := verdict.examination.canaries) is not None and found.failed
     ]
+    tests = len(findings.verdicts)
+    alpha = findings.fleet.settings.release.alpha
+    notes.append(
+        f"This report makes {tests} acceptance tests, one per device. If all devices were exactly acceptable, at least "
+        f"one would be rejected by chance with a probability of {at_least_once(alpha, tests):.2f} at most."
+    )
     if len(findings.verdicts) == 1:
         notes.append("The fleet has one device, so no attack from a sibling (T2) could be made; add one to measure it.")
     notes.append(

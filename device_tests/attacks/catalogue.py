@@ -13,11 +13,13 @@ from device_tests.attacks.autoattack import AutoAttack
 from device_tests.attacks.bim import BIM
 from device_tests.attacks.block_shuffle_rotation import BlockShuffleRotation
 from device_tests.attacks.fgsm import FGSM
+from device_tests.attacks.foolbox_attack import FoolboxAttack
 from device_tests.attacks.input_diversity import InputDiversity
 from device_tests.attacks.momentum import MomentumFGSM
 from device_tests.attacks.operator_perturbation import OperatorPerturbation
 from device_tests.attacks.pgd import PGD
 from device_tests.attacks.token_gradient import TokenGradient
+from device_tests.perturbation import Norm
 from keys.errors import InputError
 
 # MI-FGSM with small steps falls more than five points behind AutoAttack's gradient attacks on the shipped base and
@@ -38,19 +40,32 @@ _MAKERS: dict[str, Callable[[int, int, bool], Attack]] = {
 
 ATTACK_NAMES = tuple(_MAKERS)
 
+_FOOLBOX = "foolbox:"
+
 
 def named_attacks(
     names: Iterable[str], *, pgd_steps: int, momentum_steps: int, bf16: bool = False
 ) -> tuple[Attack, ...]:
-    """The attacks of these names; raises :class:`InputError` for a name that there is not, or that comes twice.
+    """The L∞ attacks of these names; raises :class:`InputError` for a name that there is not, or that comes twice.
+
+    ``"foolbox:LinfDeepFoolAttack"`` is that class of foolbox with its own defaults.
 
     ``pgd_steps``: of PGD and BIM. ``momentum_steps``: of MI-FGSM and MI-DI; the other transfer attacks keep their
     published number of steps. ``bf16``: gradients in bfloat16.
     """
     wanted = list(names)
     for name in wanted:
-        if name not in _MAKERS:
-            raise InputError(f"There is no attack {name!r}; there are {', '.join(ATTACK_NAMES)}.")
+        if name not in _MAKERS and not name.startswith(_FOOLBOX):
+            known = ", ".join(ATTACK_NAMES)
+            raise InputError(f"There is no attack {name!r}; there are {known}, and foolbox's as foolbox:CLASS.")
     if len(set(wanted)) < len(wanted):
         raise InputError(f"An attack is named twice: {', '.join(wanted)}.")
-    return tuple(_MAKERS[name](pgd_steps, momentum_steps, bf16) for name in wanted)
+    return tuple(
+        _of_foolbox(name) if name.startswith(_FOOLBOX) else _MAKERS[name](pgd_steps, momentum_steps, bf16)
+        for name in wanted
+    )
+
+
+def _of_foolbox(name: str) -> Attack:
+    attack = name.removeprefix(_FOOLBOX)
+    return FoolboxAttack(f"foolbox-{attack.lower()}", attack, {}, Norm.LINF)
