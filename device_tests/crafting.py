@@ -39,6 +39,7 @@ class AdversarialSet:
     """What the attacks proposed on one source: attack name → uint8 images N×C×H×W, in the clean images' order.
 
     Every image lies within ``perturbation`` of its clean image. ``failures``: attack name → why it gave nothing.
+    ``differentiable``: the source gives gradients, so that its attacks can be compared with a strong one.
     """
 
     source: str
@@ -46,6 +47,7 @@ class AdversarialSet:
     perturbation: Perturbation
     images: Mapping[str, np.ndarray]
     failures: Mapping[str, str] = field(default_factory=dict[str, str])
+    differentiable: bool = True
 
 
 def content_key(model: nn.Module, images: np.ndarray, labels: np.ndarray, *settings: object) -> str:
@@ -101,7 +103,7 @@ def craft(
             failures[attack.name] = f"{attack.name} on {source.id} failed: {type(error).__name__}: {error}"
             continue
         proposed[attack.name] = np.concatenate(chunks)
-    return AdversarialSet(source.id, source.threat, perturbation, proposed, failures)
+    return AdversarialSet(source.id, source.threat, perturbation, proposed, failures, source.differentiable)
 
 
 def cached_images(

@@ -14,7 +14,6 @@ import importlib
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +45,6 @@ _LARGEST_ONNX = 2**31  # one protobuf message
 _PYTHON_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
-@dataclass(frozen=True)
-class ForeignSource(Source):
-    """A source that somebody brought; ``differentiable``: it gives gradients, and not only answers."""
-
-    differentiable: bool = True
-
-
 def load_source(
     text: str,
     contract: InputContract,
@@ -60,7 +52,7 @@ def load_source(
     images: np.ndarray,
     *,
     threat: Threat = Threat.PUBLIC_BASE,
-) -> ForeignSource:
+) -> Source:
     """Load ``package.module:factory`` or the path of an ``.onnx`` file as a source, and look at it.
 
     The factory takes no arguments and returns a module of float32 N×C×H×W in [0, 1] → logits N×K; importing it runs
@@ -146,9 +138,7 @@ class ConvertedOnnx(nn.Module):
             return self.converted(images)
 
 
-def _python_source(
-    text: str, contract: InputContract, classes: int, probes: np.ndarray, threat: Threat
-) -> ForeignSource:
+def _python_source(text: str, contract: InputContract, classes: int, probes: np.ndarray, threat: Threat) -> Source:
     module_name, _, attribute = text.partition(":")
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
@@ -178,12 +168,10 @@ def _python_source(
     description = f"a source of the user's own, {text}"
     if missing is not None:
         description += f"; it can only be asked: {missing}"
-    return ForeignSource(_id(module_name, attribute), threat, model, description, differentiable=missing is None)
+    return Source(_id(module_name, attribute), threat, model, description, differentiable=missing is None)
 
 
-def _onnx_source(
-    path: Path, contract: InputContract, classes: int, probes: np.ndarray, threat: Threat
-) -> ForeignSource:
+def _onnx_source(path: Path, contract: InputContract, classes: int, probes: np.ndarray, threat: Threat) -> Source:
     data = _read(path)
     digest = hashlib.sha256(data)
     runtime = OnnxFile(data, str(path))
@@ -195,9 +183,9 @@ def _onnx_source(
     name = _id(path.stem, digest.hexdigest()[:8])
     description = f"a source of the user's own, the ONNX file {path.name}"
     if isinstance(converted, nn.Module):
-        return ForeignSource(name, threat, converted, f"{description}, converted to torch")
+        return Source(name, threat, converted, f"{description}, converted to torch")
     model = AnsweringModel(runtime, digest.hexdigest())
-    return ForeignSource(name, threat, model, f"{description}; it can only be asked: {converted}", differentiable=False)
+    return Source(name, threat, model, f"{description}; it can only be asked: {converted}", differentiable=False)
 
 
 def _converted(data: bytes, digest: bytes, probes: np.ndarray, answers: np.ndarray) -> ConvertedOnnx | str:

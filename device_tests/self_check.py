@@ -109,7 +109,9 @@ def strong_key(
     seed: int,
 ) -> str:
     """Return the key of what :func:`run_strong` returns for the same arguments."""
-    return content_key(source.model, images, labels, "strong", perturbation.code, budget, seed)
+    chosen = _chosen(source.model, images, labels, budget)
+    settings = ("strong", *chosen.tolist(), perturbation.code, budget, seed)
+    return content_key(source.model, images[chosen], labels[chosen], *settings)
 
 
 def run_strong(
@@ -131,7 +133,7 @@ def run_strong(
     model = source.model
     key = strong_key(source, images, labels, perturbation=perturbation, budget=budget, seed=seed)
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    right = np.flatnonzero(_predict(model, images) == labels)[: budget.images]
+    right = _chosen(model, images, labels, budget)
     clean = torch.from_numpy(from_8bit(images[right])).to(device)
     truth = torch.from_numpy(labels[right].astype(np.int64)).to(device)
 
@@ -218,6 +220,11 @@ def _attacks(
     elif classes == 3:
         attacks.append(APGDAttack(model, loss="dlr", **shared))
     return attacks
+
+
+def _chosen(model: nn.Module, images: np.ndarray, labels: np.ndarray, budget: StrongBudget) -> np.ndarray:
+    """Positions of the images that are attacked: the first that the source gets right, however many follow them."""
+    return np.flatnonzero(_predict(model, images) == labels)[: budget.images]
 
 
 def _predict(model: nn.Module, images: np.ndarray) -> np.ndarray:

@@ -66,7 +66,8 @@ class Source:
 
     ``id``: unique within a fleet; a sibling's is its device id. ``model``: float32 N×C×H×W in [0, 1] → logits
     N×K, differentiable in its input (except for queries); one module, which may be an ensemble. ``description``: for
-    the report. ``targets``: ids of the models that it is judged on; ``None``: all.
+    the report. ``targets``: ids of the models that it is judged on; ``None``: all. ``differentiable``: it gives
+    gradients, and not only answers.
     """
 
     id: str
@@ -74,6 +75,7 @@ class Source:
     model: nn.Module
     description: str
     targets: tuple[str, ...] | None = None
+    differentiable: bool = True
 
     def is_judged_on(self, target: str) -> bool:
         """Whether what is made on this source is judged on this target."""

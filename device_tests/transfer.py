@@ -155,10 +155,10 @@ def _share(fooled: np.ndarray) -> Measured:
 def _doubt(made: AdversarialSet, checks: Sequence[SelfCheck]) -> str | None:
     """Why a source is not believed; ``None`` if one of its attacks passed its self-check.
 
-    Queries need none (the target's own answers are their success), nor do single pixels and patches, which have no
-    strong reference attack: the grey patch is their control.
+    Queries need none (the answers are their success), nor do single pixels and patches, which have no strong reference
+    attack: the grey patch is their control.
     """
-    if made.threat is Threat.QUERIES or made.perturbation.norm in (Norm.L0, Norm.PATCH):
+    if made.threat is Threat.QUERIES or not made.differentiable or made.perturbation.norm in (Norm.L0, Norm.PATCH):
         return None
     own = [check for check in checks if check.source == made.source and check.attack in made.images]
     if any(check.passed for check in own):

@@ -9,7 +9,6 @@ function of a module named after what it holds.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -17,7 +16,7 @@ from torch import nn
 from device_tests.accuracy import accuracy
 from device_tests.attacks.attack import Attack
 from device_tests.evidence import Proportion
-from device_tests.foreign_source import PROBES, ForeignSource, load_source
+from device_tests.foreign_source import PROBES, load_source
 from device_tests.release_rule import decide
 from device_tests.report.render import write_report
 from device_tests.threats import Source, Threat
@@ -158,19 +157,15 @@ def make_candidate(fleet: Fleet, name: str) -> Candidate:
     return Candidate(name, generation, model, baked, package)
 
 
-def foreign_sources(fleet: Fleet, names: Sequence[str]) -> list[ForeignSource]:
-    """Load the models that attacks are made on beside the fleet's own; before anything is trained.
-
-    One that only answers, and gives no gradients, is attacked by queries and counts as such.
-    """
+def foreign_sources(fleet: Fleet, names: Sequence[str]) -> list[Source]:
+    """Load the models that attacks are made on beside the fleet's own; before anything is trained."""
     contract, labels = fleet.base.architecture.contract, fleet.splits.labels
     images = fleet.splits.validation.take(PROBES).images.numpy()
-    loaded = [load_source(name, contract, labels, images) for name in names]
-    return [source if source.differentiable else replace(source, threat=Threat.QUERIES) for source in loaded]
+    return [load_source(name, contract, labels, images) for name in names]
 
 
 def attack_sources(
-    fleet: Fleet, devices: Sequence[Candidate], controls: Sequence[Candidate], foreign: Sequence[ForeignSource] = ()
+    fleet: Fleet, devices: Sequence[Candidate], controls: Sequence[Candidate], foreign: Sequence[Source] = ()
 ) -> list[AttackedSource]:
     """Attack all that an attacker may hold, each once: see :func:`factory.attackers.who_attacks`."""
     verification = fleet.settings.verification

@@ -82,7 +82,7 @@ def attack_source(
             source, attacks, on.images, on.labels, perturbation=perturbation, seed=seed, cache=cache,
             progress=stage.advance,
         )  # fmt: skip
-    if source.threat is Threat.QUERIES:
+    if source.threat is Threat.QUERIES or not source.differentiable:
         return AttackedSource(source, NotMeasured("the target's own answers are attacked"), adversarial, ())
     strong = strong_on(source, on, perturbation=perturbation, budget=budget, seed=seed, progress=progress)
     checks = self_check(source, adversarial, on.labels, strong, margin)
