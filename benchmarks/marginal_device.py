@@ -1,5 +1,7 @@
 """What one more device costs to verify, against the first one; and what each threat costs on top.
 
+The judged device is the same in every row, so that nothing but the cache and the threats makes a difference.
+
 Verifying is here what the judge does with a finished package: clean accuracy on all test images, the sources attacked
 and self-checked unless they are cached, and the attacked images through onnxruntime. Training, export and parity are
 not in it: they cost every device the same. Budget quick: its attacks, steps and self-check on every source; what
@@ -28,6 +30,7 @@ from device_tests.evidence import Proportion
 from device_tests.threats import Source, Threat
 from device_tests.transfer import judge
 from exporters.run_onnx import OnnxRuntime
+from exporters.run_torch import TorchRuntime
 from exporters.to_onnx import export_onnx
 from factory.base import Base
 from factory.data import Splits
@@ -41,30 +44,29 @@ from factory.verification import Attacked, AttackedSource, attack_source, attack
 from keys.derive import fixed_guess
 from keys.files import sha256_file
 
-GUESSED, FIRST, SECOND, NEXT = "guessed-key", "device-1", "device-2", "device-3"
-FIRST_COST, MARGINAL = "first device, T0 and T1 from nothing", "device N+1, T0 and T1 cached"
+GUESSED, SIBLING, OTHER, JUDGED = "guessed-key", "device-1", "device-2", "device-3"
+FIRST_COST, MARGINAL = "first device: T0 and T1 from nothing", "device N+1: T0 and T1 cached"
 VALIDATION = 200
 QUIET = Progress(quiet=True)
 
 
 @dataclass(frozen=True, eq=False)
-class Device:
-    """A baked model, its package's ONNX file in onnxruntime, and that file's digest."""
+class Target:
+    """A device's ONNX file in onnxruntime, and the file's digest."""
 
-    name: str
-    model: torch.nn.Module
     runtime: OnnxRuntime
     digest: str
 
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """What is measured on: the base, short splits, devices by name, the budget and the seed."""
+    """What is measured on: the base, the splits, baked models by name, the judged one as exported, budget and seed."""
 
     base: Base
     public: torch.nn.Module
     splits: Splits
-    devices: Mapping[str, Device]
+    models: Mapping[str, torch.nn.Module]
+    target: Target
     settings: VerificationSettings
     seed: int
 
@@ -81,68 +83,75 @@ class Bench:
             margin=self.settings.self_check_margin, seed=self.seed, progress=QUIET,
         )  # fmt: skip
 
-    def judge(self, device: str, made: Sequence[AttackedSource], on: Attacked) -> None:
-        """Put what was made through the device's onnxruntime."""
+    def judge(self, made: Sequence[AttackedSource], on: Attacked) -> None:
+        """Put what was made through the judged device's onnxruntime."""
         sets = [one.adversarial for one in made]
-        judge(self.devices[device].runtime, device, on.images, on.labels, sets, self_checks(made), required=())
+        judge(self.target.runtime, JUDGED, on.images, on.labels, sets, self_checks(made), required=())
 
-    def public_threats(self, device: str, cache: Path) -> None:
+    def public_threats(self, cache: Path) -> None:
         """Clean accuracy, T0 and T1: all that verifying a device needs where it has no siblings."""
         test = self.splits.test
-        accuracy(self.devices[device].runtime, test.images.numpy(), test.labels.numpy())
+        accuracy(self.target.runtime, test.images.numpy(), test.labels.numpy())
         on = self.images(cache)
         sources = [
             Source("base", Threat.PUBLIC_BASE, self.public, "the public base"),
-            Source(GUESSED, Threat.GUESSED_KEY, self.devices[GUESSED].model, "a guessed key"),
+            Source(GUESSED, Threat.GUESSED_KEY, self.models[GUESSED], "a guessed key"),
         ]
-        self.judge(device, [self.attack(source, on) for source in sources], on)
+        self.judge([self.attack(source, on) for source in sources], on)
 
     def one_source(self, source: Source, cache: Path) -> None:
-        """Attack one source and judge it on the new device."""
+        """Attack one source, and judge what was made on it."""
         on = self.images(cache)
-        self.judge(NEXT, [self.attack(source, on)], on)
+        self.judge([self.attack(source, on)], on)
 
     def queries(self, attack: Attack, cache: Path) -> None:
-        """One query attack on the new device."""
-        target = self.devices[NEXT]
+        """One query attack on the judged device."""
+        target = self.target
         on = self.images(cache, self.settings.query_images)
-        self.judge(NEXT, [self.attack(asked_target(NEXT, target.runtime, target.digest), on, [attack])], on)
+        self.judge([self.attack(asked_target(JUDGED, target.runtime, target.digest), on, [attack])], on)
 
     def bypass(self, cache: Path) -> None:
-        """Fit a stand-in to the new device's answers, attack that, and judge."""
-        target, on = self.devices[NEXT], self.images(cache, self.settings.query_images)
+        """Fit a stand-in to the judged device's answers, attack that, and judge."""
+        target, on = self.target, self.images(cache, self.settings.query_images)
         source = bypass_source(
-            NEXT, self.public, target.runtime, self.splits.train.images.numpy()[: self.settings.bypass_queries],
+            JUDGED, self.public, target.runtime, self.splits.train.images.numpy()[: self.settings.bypass_queries],
             digest=target.digest, block_size=block_size(self.base, RecipeSettings()), seed=self.seed, cache=cache,
             progress=QUIET,
         )  # fmt: skip
-        self.judge(NEXT, [self.attack(source, on)], on)
+        self.judge([self.attack(source, on)], on)
 
 
-def make_device(name: str, base: Base, splits: Splits, recipe: RecipeSettings, folder: Path, *, seed: int) -> Device:
-    """Adapt, merge, fold and export one model; its key is a public guess, which costs the same as a secret one."""
+def adapted_model(
+    name: str, base: Base, splits: Splits, recipe: RecipeSettings, folder: Path, *, seed: int
+) -> torch.nn.Module:
+    """Adapt, merge and fold one model; its key is a public guess, which costs the same as a secret one."""
     trained = make_device_model(
         base, fixed_guess(name), recipe, splits, name=name, identity=[name], seed=seed, folder=folder / name,
         progress=QUIET,
     )  # fmt: skip
-    baked, path = bake(trained.classifier), folder / name / ONNX_NAME
-    export_onnx(baked, path, base.architecture.contract, base.architecture.labels)
-    return Device(name, baked, OnnxRuntime(path, threads=torch.get_num_threads()), sha256_file(path))
+    return bake(trained.classifier)
+
+
+def exported(model: torch.nn.Module, base: Base, folder: Path) -> Target:
+    """The model as a device runs it."""
+    path = folder / ONNX_NAME
+    export_onnx(model, path, base.architecture.contract, base.architecture.labels)
+    return Target(OnnxRuntime(path, threads=torch.get_num_threads()), sha256_file(path))
 
 
 def stages_of(bench: Bench, cache: Path) -> dict[str, Callable[[], None]]:
     """Everything that is timed, in an order in which later stages find what earlier ones cached."""
-    devices, settings = bench.devices, bench.settings
-    members = [bench.public, devices[FIRST].model, devices[SECOND].model]
-    sibling = Source(FIRST, Threat.SIBLING_DEVICE, devices[FIRST].model, "a sibling")
+    models, settings = bench.models, bench.settings
+    members = [bench.public, models[SIBLING], models[OTHER]]
+    sibling = Source(SIBLING, Threat.SIBLING_DEVICE, models[SIBLING], "a sibling")
     colluding = Source("2-devices-1", Threat.COLLUDING_DEVICES, Ensemble(members), "two devices and the base")
-    itself = Source(NEXT, Threat.SIBLING_DEVICE, devices[NEXT].model, "the device itself")
+    itself = Source(JUDGED, Threat.SIBLING_DEVICE, models[JUDGED], "the device itself")
     square, walk = query_attacks(settings)
     asked = f"{settings.query_images} images × {settings.queries} queries"
     fitted = f"{settings.bypass_queries} queries, attacked on {settings.query_images} images"
     return {
-        FIRST_COST: lambda: bench.public_threats(FIRST, cache),
-        MARGINAL: lambda: bench.public_threats(NEXT, cache),
+        FIRST_COST: lambda: bench.public_threats(cache),
+        MARGINAL: lambda: bench.public_threats(cache),
         "T2: a sibling attacked": lambda: bench.one_source(sibling, cache),
         "T2 again, the sibling cached": lambda: bench.one_source(sibling, cache),
         "T3: two devices and the base": lambda: bench.one_source(colluding, cache),
@@ -173,19 +182,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         queries=arguments.queries, bypass_queries=arguments.bypass_queries,
     )  # fmt: skip
     recipe = RecipeSettings(training=TrainingSettings(epochs=1))
-    with tempfile.TemporaryDirectory() as folder:
-        names = (GUESSED, FIRST, SECOND, NEXT)
-        devices = {
-            name: make_device(name, base, adapted, recipe, Path(folder), seed=arguments.seed) for name in names
-        }  # fmt: skip
-        clean = {
-            name: accuracy(device.runtime, splits.test.images.numpy(), splits.test.labels.numpy())
-            for name, device in devices.items()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        models = {
+            name: adapted_model(name, base, adapted, recipe, folder, seed=arguments.seed)
+            for name in (GUESSED, SIBLING, OTHER, JUDGED)
         }
-        bench = Bench(base, public, splits, devices, settings, arguments.seed)
+        clean = {
+            name: accuracy(TorchRuntime(model), splits.test.images.numpy(), splits.test.labels.numpy())
+            for name, model in models.items()
+        }
+        bench = Bench(base, public, splits, models, exported(models[JUDGED], base, folder), settings, arguments.seed)
         spent: dict[str, list[Spent]] = {}
         for index in range(arguments.rounds):  # a cache of its own: every round begins with nothing
-            for stage, work in stages_of(bench, Path(folder) / f"round-{index}").items():
+            for stage, work in stages_of(bench, folder / f"round-{index}").items():
                 spent.setdefault(stage, []).append(timed(work)[0])
     report(spent, clean, settings)
     results = {
@@ -204,13 +214,16 @@ def report(
 ) -> None:
     """Print what was measured."""
     found = ", ".join(f"{name} {share.value:.3f}" for name, share in clean.items())
-    budget = ", ".join(attack.description for attack in attacks_of(settings))
-    print(f"{settings.images} images, {settings.perturbation}; {budget}; self-check {strong_budget(settings)}")
+    budget = "; ".join(attack.description for attack in attacks_of(settings))
+    strong = strong_budget(settings)
+    print(f"{settings.images} images, {settings.perturbation}; {budget}")
+    print(f"self-check: {strong.describe(10)}, {strong.images} images")
     print(f"clean accuracy on {next(iter(clean.values())).n} images: {found}\n")
+    first = spent[FIRST_COST]
     rows = [
-        [stage, f"{seconds(took):.2f}", str(wall_ratio(took, spent[FIRST_COST])), str(cpu_ratio(took, spent[FIRST_COST]))]
+        [stage, f"{seconds(took):.2f}", str(wall_ratio(took, first)), str(cpu_ratio(took, first))]
         for stage, took in spent.items()
-    ]  # fmt: skip
+    ]
     print(table(["what", "seconds", "time ÷ first device", "CPU time ÷"], rows))
 
 

@@ -10,13 +10,12 @@ import torch
 
 from device_tests.attacks.attack import Attack
 from device_tests.attacks.gradients import at_rest, loss_gradient
-from device_tests.crafting import cached_images
 from device_tests.ensemble import members_of
 from device_tests.images import from_8bit
 from device_tests.perturbation import Perturbation
 from device_tests.self_check import StrongBudget
 from device_tests.threats import Source
-from factory.verification import Attacked
+from factory.verification import Attacked, gradients_left
 
 _SAMPLE = 64
 """Images of the gradient that is timed."""
@@ -56,12 +55,7 @@ def estimate(
     total = 0
     for source in sources:
         size = sum(1 for _ in members_of(source.model))
-        left = 0
-        for attack in attacks:
-            done = cached_images(
-                source, attack, on.images, on.labels, perturbation=perturbation, seed=seed, cache=on.cache / source.id
-            )
-            left += (len(on.images) - done) * attack.gradients_per_image
+        left = gradients_left(source, attacks, on, perturbation=perturbation, seed=seed)
         if left:
             left += min(budget.images, len(on.images)) * (budget.steps + 1) * (1 + budget.targets)
         total += left * size

@@ -17,7 +17,7 @@ import numpy as np
 from device_tests.accuracy import accuracy
 from device_tests.attacks.attack import Attack
 from device_tests.attacks.catalogue import named_attacks
-from device_tests.crafting import AdversarialSet, craft
+from device_tests.crafting import AdversarialSet, cached_images, craft
 from device_tests.evidence import Measured, Proportion, SelfCheck
 from device_tests.perturbation import Perturbation
 from device_tests.self_check import StrongBudget, StrongResult, run_strong, self_check, strong_key
@@ -75,18 +75,35 @@ def attack_source(
     progress: Progress,
 ) -> AttackedSource:
     """Craft all attacks on ``source``, and check them against a strong attack on it (not where they are queries)."""
-    cache = on.cache / source.id
     work = len(on.images) * sum(attack.gradients_per_image for attack in attacks)
-    with progress.stage(f"attack {source.id}, {perturbation}", total=work, unit="gradients") as stage:
+    left = gradients_left(source, attacks, on, perturbation=perturbation, seed=seed)
+    with contextlib.ExitStack() as stages:
+        stage = None
+        if left:
+            name = f"{perturbation}: attack {source.id}"
+            stage = stages.enter_context(progress.stage(name, total=work, unit="gradients"))
         adversarial = craft(
-            source, attacks, on.images, on.labels, perturbation=perturbation, seed=seed, cache=cache,
-            progress=stage.advance,
+            source, attacks, on.images, on.labels, perturbation=perturbation, seed=seed, cache=on.cache / source.id,
+            progress=None if stage is None else stage.advance,
         )  # fmt: skip
     if source.threat is Threat.QUERIES or not source.differentiable:
         return AttackedSource(source, NotMeasured("the target's own answers are attacked"), adversarial, ())
     strong = strong_on(source, on, perturbation=perturbation, budget=budget, seed=seed, progress=progress)
     checks = self_check(source, adversarial, on.labels, strong, margin)
     return AttackedSource(source, accuracy(TorchRuntime(source.model), on.images, on.labels), adversarial, checks)
+
+
+def gradients_left(
+    source: Source, attacks: Sequence[Attack], on: Attacked, *, perturbation: Perturbation, seed: int
+) -> int:
+    """Gradients that the attacks still need, at most: those of images that are not in the cache."""
+    left = 0
+    for attack in attacks:
+        done = cached_images(
+            source, attack, on.images, on.labels, perturbation=perturbation, seed=seed, cache=on.cache / source.id
+        )
+        left += (len(on.images) - done) * attack.gradients_per_image
+    return left
 
 
 def strong_on(

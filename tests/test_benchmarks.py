@@ -17,7 +17,7 @@ SIZES = {
     attack_throughput: ["--images", "6", "--steps", "2"],
     autoattack_time: ["--images", "2", "--epsilon", "0.5"],
     marginal_device: [
-        "--images", "4", "--train-images", "64", "--test-images", "20", "--query-images", "2", "--queries", "20",
+        "--images", "4", "--train-images", "64", "--test-images", "20", "--query-images", "2", "--queries", "101",
         "--bypass-queries", "128",
     ],
 }  # fmt: skip

@@ -5,7 +5,7 @@ many pixels of real images are exactly 0 or 1, so candidates are clipped outside
 
 Gradients in bfloat16 leave results as they are: PGD, MI-FGSM and MI-DI-FGSM (ε = 8/255, validation images, three
 sources) fooled exactly the same images of their source as in float32, and of 2,718 images shown to devices 8 were
-fooled by float32 alone and 9 by bfloat16 alone, in 0.55 to 0.65 of the time on a CPU that has it.
+fooled by float32 alone and 8 by bfloat16 alone, in 0.55 to 0.63 of the time on a CPU that has it.
 """
 
 from __future__ import annotations
