@@ -182,8 +182,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         queries=arguments.queries, bypass_queries=arguments.bypass_queries,
     )  # fmt: skip
     recipe = RecipeSettings(training=TrainingSettings(epochs=1))
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         models = {
             name: adapted_model(name, base, adapted, recipe, folder, seed=arguments.seed)
             for name in (GUESSED, SIBLING, OTHER, JUDGED)
