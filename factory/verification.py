@@ -80,8 +80,7 @@ def attack_source(
     with contextlib.ExitStack() as stages:
         stage = None
         if left:
-            name = f"{perturbation}: attack {source.id}"
-            stage = stages.enter_context(progress.stage(name, total=work, unit="gradients"))
+            stage = stages.enter_context(progress.stage(f"attack {source.id}", total=work, unit="gradients"))
         adversarial = craft(
             source, attacks, on.images, on.labels, perturbation=perturbation, seed=seed, cache=on.cache / source.id,
             progress=None if stage is None else stage.advance,
