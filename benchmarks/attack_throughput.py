@@ -7,7 +7,7 @@ a cosine from 2·ε here, ε/steps for every MI-FGSM. A second table times one g
 
     python -m benchmarks.attack_throughput --json FILE
 
-It needs foolbox and torchattacks, which the factory does not.
+It needs torchattacks, which the factory does not.
 """
 
 from __future__ import annotations
@@ -113,19 +113,15 @@ def use_fused_attention(model: nn.Module, fused: bool) -> None:
             setattr(module, "fused_attn", fused)  # noqa: B010 – not an attribute that nn.Module declares
 
 
-def missing(names: Sequence[str] = ("foolbox", "torchattacks")) -> str | None:
-    """What to install, in one sentence; None if everything is there."""
-    absent = [name for name in names if importlib.util.find_spec(name) is None]
-    if not absent:
+def missing(library: str = "torchattacks") -> str | None:
+    """What to install, in one sentence; None if it is there."""
+    if importlib.util.find_spec(library) is not None:
         return None
-    return (
-        f"This benchmark needs {' and '.join(absent)}; install what it compares with: "
-        "uv pip install foolbox && uv pip install --no-deps torchattacks"
-    )
+    return f"This benchmark compares with {library}, which is not installed: uv pip install --no-deps {library}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print both tables; returns 1 where a library is missing."""
+    """Print both tables; returns 1 where torchattacks is missing."""
     made = parser("Attack throughput beside foolbox and torchattacks.", images=256, rounds=5)
     made.add_argument("--steps", type=int, default=20)
     arguments = made.parse_args(argv)

@@ -114,6 +114,9 @@ class VerificationSettings(Section):
     attacks: tuple[str, ...] = Field(default=("pgd", "mi-di"), min_length=1, description="attacks run on every source")
     pgd_steps: int = Field(default=20, ge=1)
     momentum_steps: int = Field(default=20, ge=1, description="steps of every attack with momentum")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        default="auto", description="of the attacks' gradients; auto is bf16 where the hardware has it"
+    )
     guessed_keys: int = Field(
         default=1, ge=1, le=8, description="guessed-key models that the attacker trains; with the base, its ensembles"
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from device_tests.accuracy import accuracy
 from device_tests.attacks.attack import Attack
@@ -26,6 +27,7 @@ from exporters.measured import NotMeasured
 from exporters.run_torch import TorchRuntime
 from factory.progress import Progress
 from factory.settings import VerificationSettings
+from factory.train import bf16_pays
 from keys.files import write_atomic
 
 
@@ -53,7 +55,10 @@ class Attacked:
 
 def attacks_of(settings: VerificationSettings) -> tuple[Attack, ...]:
     """The attacks that are run on every source that gives gradients."""
-    return named_attacks(settings.attacks, pgd_steps=settings.pgd_steps, momentum_steps=settings.momentum_steps)
+    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and bf16_pays(torch.device("cpu")))
+    return named_attacks(
+        settings.attacks, pgd_steps=settings.pgd_steps, momentum_steps=settings.momentum_steps, bf16=bf16
+    )
 
 
 def strong_budget(settings: VerificationSettings) -> StrongBudget:

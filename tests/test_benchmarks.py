@@ -28,7 +28,7 @@ def test_prints_and_records_its_ratios(
     benchmark: ModuleType, tiny_base_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if benchmark is attack_throughput and attack_throughput.missing():
-        pytest.skip("foolbox or torchattacks is not installed")
+        pytest.skip("torchattacks is not installed")
     path = tmp_path / "record.json"
     arguments = ["--rounds", "1", "--base", str(tiny_base_path), "--threads", "1", "--json", str(path)]
     assert benchmark.main([*SIZES[benchmark], *arguments]) == 0
@@ -44,7 +44,6 @@ def test_prints_and_records_its_ratios(
 
 
 def test_a_missing_library_is_named_with_the_command_that_installs_it() -> None:
-    assert attack_throughput.missing(["no-such-library"]) == (
-        "This benchmark needs no-such-library; install what it compares with: "
-        "uv pip install foolbox && uv pip install --no-deps torchattacks"
+    assert attack_throughput.missing("no-such-library") == (
+        "This benchmark compares with no-such-library, which is not installed: uv pip install --no-deps no-such-library"
     )

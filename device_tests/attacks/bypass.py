@@ -1,8 +1,8 @@
 """The parametric bypass: a differentiable stand-in for the keyed first stage, fitted to the target's answers.
 
-After Qin, Martens, Gowal, Krishnan, Dvijotham et al. (LINAC, ICML 2022), who broke a keyed transform in this way. The
-attacker has the public base and its own images, asks the target once about each, and trains a map of image blocks
-in front of the base until the two agree. What comes out is a model: attack it like any other source (threat T4).
+After the authors of LINAC (ICML 2022), who broke a keyed transform in this way. The attacker has the public base and
+its own images, asks the target once about each, and trains a map of image blocks in front of the base until the two
+agree. What comes out is a model: attack it like any other source (threat T4).
 Rules: the target only answers; every answer is counted; agreement is measured on images that were not fitted on.
 """
 

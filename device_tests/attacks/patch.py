@@ -62,8 +62,8 @@ class UniversalPatch:
 
     ``steps`` of Adam on the patch alone, each with ``batch`` examples at new places (expectation over transformation,
     Athalye et al., ICML 2018), three times: from a black, a white and a random patch, of which the one that fools most
-    examples is taken. Where it starts matters: on dark Fashion-MNIST a plain black patch of 25 % fools a trained ViT
-    on twice as many images as a patch fitted from noise does. Raises :class:`InputError` for an empty budget.
+    examples is taken. Where it starts matters: on the shipped base a patch of 25 % fitted from noise in
+    60 steps fooled 0.33 of 135 images, a plain black one 0.48. Raises :class:`InputError` for an empty budget.
     """
 
     examples: PatchExamples
