@@ -130,7 +130,7 @@ class VerificationSettings(Section):
         default=False, description="also judge an un-keyed model whose patch embedding was drawn anew"
     )
     parity_images: int = Field(default=256, ge=1)
-    coreml_images: int = Field(default=64, ge=0, description="attacked images that also go through Core ML")
+    coreml_images: int = Field(default=32, ge=0, description="attacked images that also go through Core ML")
     self_check_images: int = Field(default=80, ge=1)
     self_check_steps: int = Field(default=30, ge=1)
     self_check_targets: int = Field(default=3, ge=1, description="wrong classes that the targeted strong attack tries")
