@@ -1,18 +1,20 @@
-"""MI-FGSM: iterative FGSM with momentum, made to transfer (Dong et al., CVPR 2018).
+"""MI-FGSM: iterative FGSM with momentum, made to transfer (Dong et al., CVPR 2018); other attacks extend it.
 
 As published. Its steps only just reach the edge of the ball, so that it is weaker than PGD on its own source
 (up to 15 points at ε = 8/255) while its images often transfer better: run it beside PGD, not instead.
+An attack that differs in the gradient alone is a subclass with a short name, a title, and its own ``_gradient``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import nn
 
-from device_tests.attacks.ascent import ascend
+from device_tests.attacks.ascent import Gradient, ascend
 from device_tests.attacks.attack import Progress
 from device_tests.attacks.ball import WORDS, check_ball, named
 from device_tests.attacks.gradients import gradients_in, loss_gradient
@@ -33,24 +35,28 @@ class MomentumFGSM:
     norm: Norm = Norm.LINF
     bf16: bool = False
 
+    _SHORT: ClassVar[str] = "mi-fgsm"
+    _TITLE: ClassVar[str] = "MI-FGSM"
+
     def __post_init__(self) -> None:
         check_ball(self.norm)
 
     @property
     def name(self) -> str:
-        """``"mi-fgsm"`` or ``"mi-fgsm-l2"``."""
-        return named("mi-fgsm", self.norm)
+        """The short name, e.g. ``"mi-fgsm"``, with ``-l2`` in L2."""
+        return named(self._SHORT, self.norm)
 
     @property
     def description(self) -> str:
         """Norm and budget in words."""
         words = f"{self.steps} steps of {self.reach:g}·ε/{self.steps}, momentum {self.momentum:g}"
-        return f"MI-FGSM, {WORDS[self.norm]}, {words}" + gradients_in(self.bf16)
+        details = "".join(f", {detail}" for detail in self._details())
+        return f"{self._TITLE}, {WORDS[self.norm]}, {words}{details}" + gradients_in(self.bf16)
 
     @property
     def gradients_per_image(self) -> int:
-        """One gradient per step."""
-        return self.steps
+        """One or more gradients per step."""
+        return self.steps * self._gradients_per_step()
 
     def generate(
         self,
@@ -64,16 +70,28 @@ class MomentumFGSM:
     ) -> torch.Tensor:
         """Candidates by Dong et al., eq. 6 and 7; see :class:`~device_tests.attacks.attack.Attack`.
 
-        Nothing is drawn at random: ``seed`` changes nothing.
+        What is drawn at random, if anything, is drawn from ``seed``.
         """
         return ascend(
             model,
             images,
             labels,
-            partial(loss_gradient, model, bf16=self.bf16),
+            self._gradient(model, epsilon, torch.Generator().manual_seed(seed)),
             norm=self.norm,
             epsilon=epsilon,
             lengths=[self.reach / self.steps] * self.steps,
             momentum=self.momentum,
+            gradients_per_step=self._gradients_per_step(),
             progress=progress,
         )
+
+    def _details(self) -> tuple[str, ...]:
+        """What the description says beside steps and momentum."""
+        return ()
+
+    def _gradients_per_step(self) -> int:
+        return 1
+
+    def _gradient(self, model: nn.Module, epsilon: float, generator: torch.Generator) -> Gradient:
+        """The direction that is accumulated, one function for one run; ``generator``: of all its randomness."""
+        return partial(loss_gradient, model, bf16=self.bf16)

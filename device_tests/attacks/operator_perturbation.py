@@ -8,16 +8,15 @@ padding. Noise is drawn anew for every gradient, operators for a whole batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
 
-from device_tests.attacks.ascent import ascend
-from device_tests.attacks.attack import Progress
-from device_tests.attacks.ball import WORDS, check_ball, named
-from device_tests.attacks.gradients import gradients_in, loss_gradient
+from device_tests.attacks.ascent import Gradient
+from device_tests.attacks.gradients import loss_gradient
+from device_tests.attacks.momentum import MomentumFGSM
 from device_tests.attacks.resampling import resize_and_pad, rotate
-from device_tests.perturbation import Norm
 
 _ANGLES = (5, -5, 15, -15, 45, -45, 90, -90, 180)
 _DIMMING = (2, 3, 4, 5, 6, 7, 8)
@@ -32,56 +31,27 @@ _RADII = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
 
 @dataclass(frozen=True)
-class OperatorPerturbation:
+class OperatorPerturbation(MomentumFGSM):
     """MI-FGSM with the mean gradient over the image itself and ``samples`` noisy, transformed neighbours.
 
     ``noise``: β, the noise's radius is β·ε times ¼ to 1½. The paper takes 10 neighbours through 20 operators each
     (200 samples) over 10 steps, with β = 2.
     """
 
-    steps: int = 10
     samples: int = 20
     noise: float = 2.0
-    momentum: float = 1.0
-    reach: float = 1.0
-    norm: Norm = Norm.LINF
-    bf16: bool = False
 
-    def __post_init__(self) -> None:
-        check_ball(self.norm)
+    _SHORT: ClassVar[str] = "mi-ops"
+    _TITLE: ClassVar[str] = "OPS"
 
-    @property
-    def name(self) -> str:
-        """``"mi-ops"`` or ``"mi-ops-l2"``."""
-        return named("mi-ops", self.norm)
+    def _details(self) -> tuple[str, ...]:
+        words = f"noise to {1.5 * self.noise:g}·ε through two to four operators"
+        return (f"{self.samples} neighbours with {words}",)
 
-    @property
-    def description(self) -> str:
-        """Norm and budget in words."""
-        words = (
-            f"{self.steps} steps of {self.reach:g}·ε/{self.steps}, momentum {self.momentum:g}, {self.samples} "
-            f"neighbours with noise to {1.5 * self.noise:g}·ε through two to four operators"
-        )
-        return f"OPS, {WORDS[self.norm]}, {words}" + gradients_in(self.bf16)
+    def _gradients_per_step(self) -> int:
+        return self.samples + 1
 
-    @property
-    def gradients_per_image(self) -> int:
-        """One gradient per step and neighbour, and one of the image itself."""
-        return self.steps * (self.samples + 1)
-
-    def generate(
-        self,
-        model: nn.Module,
-        images: torch.Tensor,
-        labels: torch.Tensor,
-        *,
-        epsilon: float,
-        seed: int,
-        progress: Progress | None = None,
-    ) -> torch.Tensor:
-        """Candidates after Guo et al.; see :class:`~device_tests.attacks.attack.Attack`."""
-        generator = torch.Generator().manual_seed(seed)
-
+    def _gradient(self, model: nn.Module, epsilon: float, generator: torch.Generator) -> Gradient:
         def neighbour(x: torch.Tensor) -> torch.Tensor:
             radius = self.noise * epsilon * _RADII[_drawn(len(_RADII), generator)]
             noise = torch.rand(x.shape, generator=generator).mul_(2).sub_(1).to(x)
@@ -96,18 +66,7 @@ class OperatorPerturbation:
                 total += loss_gradient(model, x, truth, transform=neighbour, bf16=self.bf16)
             return total
 
-        return ascend(
-            model,
-            images,
-            labels,
-            gradient,
-            norm=self.norm,
-            epsilon=epsilon,
-            lengths=[self.reach / self.steps] * self.steps,
-            momentum=self.momentum,
-            gradients_per_step=self.samples + 1,
-            progress=progress,
-        )
+        return gradient
 
 
 def _operate(x: torch.Tensor, operator: str, value: float, generator: torch.Generator) -> torch.Tensor:

@@ -13,51 +13,25 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from device_tests.attacks.ascent import ascend
 from device_tests.attacks.attack import Progress
-from device_tests.attacks.ball import WORDS, check_ball, named
-from device_tests.attacks.gradients import gradients_in, loss_gradient
+from device_tests.attacks.momentum import MomentumFGSM
 from device_tests.ensemble import members_of
-from device_tests.perturbation import Norm
 from keys.errors import InputError
 
 ATTENTION, QKV, MLP = 0.25, 0.75, 0.5
 
 
 @dataclass(frozen=True)
-class TokenGradient:
+class TokenGradient(MomentumFGSM):
     """MI-FGSM with token gradient regularisation; only for Vision Transformers and ensembles of them."""
 
-    steps: int = 10
-    momentum: float = 1.0
-    reach: float = 1.0
-    norm: Norm = Norm.LINF
-    bf16: bool = False
-
-    def __post_init__(self) -> None:
-        check_ball(self.norm)
-
-    @property
-    def name(self) -> str:
-        """``"mi-tgr"`` or ``"mi-tgr-l2"``."""
-        return named("mi-tgr", self.norm)
-
-    @property
-    def description(self) -> str:
-        """Norm and budget in words."""
-        words = f"{self.steps} steps of {self.reach:g}·ε/{self.steps}, momentum {self.momentum:g}"
-        return f"TGR, {WORDS[self.norm]}, {words}" + gradients_in(self.bf16)
-
-    @property
-    def gradients_per_image(self) -> int:
-        """One gradient per step."""
-        return self.steps
+    _SHORT: ClassVar[str] = "mi-tgr"
+    _TITLE: ClassVar[str] = "TGR"
 
     def generate(
         self,
@@ -75,17 +49,7 @@ class TokenGradient:
         an ensemble, without ViT blocks.
         """
         with regularised(model):
-            return ascend(
-                model,
-                images,
-                labels,
-                partial(loss_gradient, model, bf16=self.bf16),
-                norm=self.norm,
-                epsilon=epsilon,
-                lengths=[self.reach / self.steps] * self.steps,
-                momentum=self.momentum,
-                progress=progress,
-            )
+            return super().generate(model, images, labels, epsilon=epsilon, seed=seed, progress=progress)
 
 
 @contextlib.contextmanager
