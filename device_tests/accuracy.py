@@ -19,20 +19,26 @@ CHUNK = 256
 """Images handed to a runtime at once, so that a large test set is never in memory as floats."""
 
 
+def logits_of(runtime: Runtime, images: np.ndarray) -> np.ndarray:
+    """Return the logits, float N×K, of uint8 images N×C×H×W. Raises :class:`InputError` if there are no images."""
+    if len(images) == 0:
+        raise InputError("There are no images to judge; give a test set with at least one image.")
+    chunks = range(0, len(images), CHUNK)
+    return np.concatenate([runtime.logits(from_8bit(images[start : start + CHUNK])) for start in chunks])
+
+
+def top_class(logits: np.ndarray) -> np.ndarray:
+    """Return the class of the largest logit, int64, for logits …×K; ``NO_PREDICTION`` where one is not finite."""
+    return np.where(np.isfinite(logits).all(axis=-1), logits.argmax(axis=-1), NO_PREDICTION).astype(np.int64)
+
+
 def predict(runtime: Runtime, images: np.ndarray) -> np.ndarray:
     """Return the class of the largest logit for each uint8 image N×C×H×W, int64 N.
 
     It is ``NO_PREDICTION`` where a logit is NaN or infinite.
     Raises :class:`InputError` if there are no images.
     """
-    if len(images) == 0:
-        raise InputError("There are no images to judge; give a test set with at least one image.")
-    predictions = []
-    for start in range(0, len(images), CHUNK):
-        logits = runtime.logits(from_8bit(images[start : start + CHUNK]))
-        finite = np.isfinite(logits).all(axis=1)
-        predictions.append(np.where(finite, logits.argmax(axis=1), NO_PREDICTION))
-    return np.concatenate(predictions).astype(np.int64)
+    return top_class(logits_of(runtime, images))
 
 
 def accuracy(runtime: Runtime, images: np.ndarray, labels: np.ndarray) -> Proportion:

@@ -15,7 +15,8 @@ import numpy as np
 from scipy.optimize import curve_fit
 from scipy.special import expit, logit
 
-from device_tests.fleet_statistics import CONFIDENCE, require, sample_of, unusable
+from device_tests.evidence import require_fields
+from device_tests.fleet_statistics import CONFIDENCE, sample_of, unusable
 from exporters.measured import NotMeasured
 
 LEAST_POINTS = 5
@@ -60,7 +61,7 @@ class Prediction:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Prediction:
         """Read what ``Trend.to_json`` wrote; raises ``ValueError`` for anything else."""
-        require(value, "k", "value", "low", "high", "by_model")
+        require_fields(value, "k", "value", "low", "high", "by_model")
         figures = (float(value["value"]), float(value["low"]), float(value["high"]))
         return cls(int(value["k"]), *figures, by_model=tuple(float(rate) for rate in value["by_model"]))
 
@@ -84,9 +85,9 @@ class Trend:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Trend:
         """Read what :meth:`to_json` wrote; raises ``ValueError`` for anything else."""
-        require(value, "k", "rates", "curves", "predictions", "devices", "images", "caveat")
+        require_fields(value, "k", "rates", "curves", "predictions", "devices", "images", "caveat")
         for part in value["curves"]:
-            require(part, "model", "a", "b", "aicc")
+            require_fields(part, "model", "a", "b", "aicc")
         return cls(
             tuple(int(k) for k in value["k"]),
             tuple(float(rate) for rate in value["rates"]),

@@ -55,7 +55,7 @@ class Proportion:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Proportion:
         """Read what :meth:`to_json` wrote; raises ``ValueError`` if fields are missing, unknown or disagree."""
-        _require(value, "successes", "n", "value", "interval")
+        require_fields(value, "successes", "n", "value", "interval")
         proportion = cls(_integer(value["successes"]), _integer(value["n"]))
         if abs(proportion.value - float(value["value"])) > 1e-9:
             raise ValueError(f"value {value['value']} is not {proportion.successes} / {proportion.n}")
@@ -100,7 +100,7 @@ class TransferCell:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> TransferCell:
         """Read what :meth:`to_json` wrote; raises ``ValueError`` for anything else."""
-        _require(value, "source", "threat", "attack", "target", "perturbation", "fooled")
+        require_fields(value, "source", "threat", "attack", "target", "perturbation", "fooled")
         return cls(
             str(value["source"]),
             Threat.from_code(value["threat"]),
@@ -135,7 +135,7 @@ class ThreatResult:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ThreatResult:
         """Read what :meth:`to_json` wrote; raises ``ValueError`` for anything else."""
-        _require(value, "threat", "target", "sources", "fooled")
+        require_fields(value, "threat", "target", "sources", "fooled")
         return cls(
             Threat.from_code(value["threat"]),
             str(value["target"]),
@@ -181,7 +181,7 @@ class SelfCheck:
     def from_json(cls, value: Mapping[str, Any]) -> SelfCheck:
         """Read what :meth:`to_json` wrote; raises ``ValueError`` for anything else."""
         names = ("attack_success", "strong_attack", "strong_success", "passed", "margin")
-        _require(value, "source", "attack", *names)
+        require_fields(value, "source", "attack", *names)
         return cls(
             str(value["source"]),
             str(value["attack"]),
@@ -193,7 +193,8 @@ class SelfCheck:
         )
 
 
-def _require(value: Mapping[str, Any], *names: str) -> None:
+def require_fields(value: Mapping[str, Any], *names: str) -> None:
+    """Raise ``ValueError`` unless ``value`` has exactly these fields."""
     if set(value) != set(names):
         raise ValueError(f"expected the fields {sorted(names)}, got {sorted(value)}")
 

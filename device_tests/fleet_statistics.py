@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from scipy.special import expit, logit, stdtrit
 
+from device_tests.evidence import require_fields
 from device_tests.statistics import wilson_interval
 from exporters.measured import NotMeasured
 
@@ -76,7 +77,7 @@ class FleetRate:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> FleetRate:
         """Read what :meth:`to_json` wrote; raises ``ValueError`` for anything else."""
-        require(value, "mean", "interval", "devices", "images", "method")
+        require_fields(value, "mean", "interval", "devices", "images", "method")
         low, high = (float(end) for end in value["interval"])
         counts = (int(value["devices"]), int(value["images"]))
         return cls(float(value["mean"]), low, high, *counts, method=str(value["method"]))
@@ -113,7 +114,7 @@ class FleetDifference:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> FleetDifference:
         """Read what :meth:`to_json` wrote; raises ``ValueError`` for anything else."""
-        require(value, "difference", "interval", "devices", "images", "method")
+        require_fields(value, "difference", "interval", "devices", "images", "method")
         low, high = (float(end) for end in value["interval"])
         first, second = (int(count) for count in value["devices"])
         images = int(value["images"])
@@ -301,9 +302,3 @@ def unusable(judged: np.ndarray, name: str) -> str | None:
     if fewest < LEAST_IMAGES:
         return f"a device of {name} judges {fewest} images; its rate takes {LEAST_IMAGES} at least"
     return None
-
-
-def require(value: Mapping[str, Any], *names: str) -> None:
-    """Raise ``ValueError`` unless ``value`` has exactly these fields."""
-    if set(value) != set(names):
-        raise ValueError(f"expected the fields {sorted(names)}, got {sorted(value)}")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from device_tests.accuracy import predict
-from device_tests.evidence import Measured, Proportion, measured_from_json
+from device_tests.evidence import Measured, Proportion, measured_from_json, require_fields
 from device_tests.foreign_pairs import ForeignPairs
 from device_tests.perturbation import Perturbation
 from device_tests.release_rule import AcceptanceTest
@@ -55,7 +55,7 @@ class ForeignResult:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ForeignResult:
         """Read what :meth:`to_json` wrote; raises ``ValueError`` for anything else."""
-        _require(value, *cls.__dataclass_fields__)
+        require_fields(value, *cls.__dataclass_fields__)
         return cls(
             str(value["target"]),
             str(value["runtime"]),
@@ -91,7 +91,7 @@ class ForeignJudgement:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ForeignJudgement:
         """Read what :meth:`to_json` wrote; raises ``ValueError`` for anything else."""
-        _require(value, *cls.__dataclass_fields__)
+        require_fields(value, *cls.__dataclass_fields__)
         reference = value["reference"]
         return cls(
             str(value["where"]),
@@ -161,14 +161,9 @@ def _accept(fooled: np.ndarray, risks: Risks) -> AcceptanceTest | NotMeasured:
 def _acceptance_from_json(value: Mapping[str, Any]) -> AcceptanceTest | NotMeasured:
     if "not_measured" in value:
         return NotMeasured.from_json(value)
-    _require(value, "plan", "fooled", "passed")
-    _require(value["plan"], *AcceptancePlan.__dataclass_fields__)
+    require_fields(value, "plan", "fooled", "passed")
+    require_fields(value["plan"], *AcceptancePlan.__dataclass_fields__)
     test = AcceptanceTest(AcceptancePlan(**value["plan"]), int(value["fooled"]))
     if test.passed is not value["passed"]:
         raise ValueError(f"{test.fooled} fooled at a limit of {test.plan.c} is not passed = {value['passed']!r}")
     return test
-
-
-def _require(value: Mapping[str, Any], *names: str) -> None:
-    if set(value) != set(names):
-        raise ValueError(f"expected the fields {sorted(names)}, got {sorted(value)}")

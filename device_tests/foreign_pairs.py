@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from device_tests.foreign_images import ForeignFile
-from device_tests.perturbation import LEVELS, Norm, Perturbation
+from device_tests.images import LEVELS
+from device_tests.perturbation import Norm, Perturbation
 from device_tests.statistics import Risks, acceptance_plan
 from keys.errors import InputError
 

@@ -13,6 +13,7 @@ import numpy as np
 from keys.errors import InputError
 
 LEVELS = 255
+"""The largest 8-bit value."""
 
 
 def from_8bit(images: np.ndarray) -> np.ndarray:

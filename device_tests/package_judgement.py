@@ -24,15 +24,11 @@ from typing import Any
 
 import numpy as np
 
-from device_tests.accuracy import NO_PREDICTION
-from device_tests.evidence import Measured, Proportion, measured_from_json
-from device_tests.images import from_8bit
+from device_tests.accuracy import logits_of, top_class
+from device_tests.evidence import Measured, Proportion, measured_from_json, require_fields
 from exporters.measured import NotMeasured
 from exporters.runtime import Runtime
 from keys.errors import InputError
-
-CHUNK = 256
-"""Images handed to a runtime at once, so that a large set is never in memory as floats."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,7 @@ class FormatJudgement:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> FormatJudgement:
         """Read what :meth:`to_json` wrote; raises ``ValueError`` for anything else."""
-        _require(value, *cls.__dataclass_fields__)
+        require_fields(value, *cls.__dataclass_fields__)
         difference = value["largest_difference"]
         return cls(
             runtime=str(value["runtime"]),
@@ -101,7 +97,7 @@ class PackageJudgement:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> PackageJudgement:
         """Read what :meth:`to_json` wrote; raises ``ValueError`` for anything else."""
-        _require(value, "attacks", "formats")
+        require_fields(value, "attacks", "formats")
         formats = {
             str(name): NotMeasured.from_json(judged) if "not_measured" in judged else FormatJudgement.from_json(judged)
             for name, judged in value["formats"].items()
@@ -155,9 +151,9 @@ class _Answers:
     def of(
         cls, runtime: Runtime, clean: np.ndarray, labels: np.ndarray, adversarial: Mapping[str, np.ndarray]
     ) -> _Answers:
-        logits = np.stack([_logits(runtime, images[: len(clean)]) for images in adversarial.values()], axis=1)
-        correct = _top1(_logits(runtime, clean)) == labels
-        return cls(logits, correct, (_top1(logits) != labels[:, None]).any(axis=1))
+        logits = np.stack([logits_of(runtime, images[: len(clean)]) for images in adversarial.values()], axis=1)
+        correct = top_class(logits_of(runtime, clean)) == labels
+        return cls(logits, correct, (top_class(logits) != labels[:, None]).any(axis=1))
 
     def take(self, count: int) -> _Answers:
         return _Answers(self.logits[:count], self.correct[:count], self.fooled[:count])
@@ -186,18 +182,9 @@ def _judge(
         torch_fooled=torch.rate,
         torch_only=int((both & torch.fooled & ~own.fooled).sum()),
         format_only=int((both & own.fooled & ~torch.fooled).sum()),
-        differing=Proportion(int((_top1(own.logits) != _top1(torch.logits)).any(axis=1).sum()), len(clean)),
+        differing=Proportion(int((top_class(own.logits) != top_class(torch.logits)).any(axis=1).sum()), len(clean)),
         largest_difference=_largest_difference(torch.logits, own.logits),
     )
-
-
-def _logits(runtime: Runtime, images: np.ndarray) -> np.ndarray:
-    chunks = range(0, len(images), CHUNK)
-    return np.concatenate([runtime.logits(from_8bit(images[start : start + CHUNK])) for start in chunks])
-
-
-def _top1(logits: np.ndarray) -> np.ndarray:
-    return np.where(np.isfinite(logits).all(axis=-1), logits.argmax(axis=-1), NO_PREDICTION)
 
 
 def _largest_difference(reference: np.ndarray, measured: np.ndarray) -> float:
@@ -206,8 +193,3 @@ def _largest_difference(reference: np.ndarray, measured: np.ndarray) -> float:
     if not np.isfinite(measured).all() or not (math.isfinite(scale) and scale > 0):
         return math.inf
     return float(np.abs(measured.astype(np.float64) - reference).max()) / scale
-
-
-def _require(value: Mapping[str, Any], *names: str) -> None:
-    if set(value) != set(names):
-        raise ValueError(f"expected the fields {sorted(names)}, got {sorted(value)}")

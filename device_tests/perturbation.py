@@ -18,9 +18,8 @@ from fractions import Fraction
 
 import numpy as np
 
+from device_tests.images import LEVELS
 from keys.errors import InputError
-
-LEVELS = 255
 
 
 class Norm(Enum):

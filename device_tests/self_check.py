@@ -7,32 +7,28 @@ judged here, by the source's own predictions, never by the attack.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from torch import nn
 
 from device_tests.accuracy import predict
+from device_tests.attacks.apgd import PACKAGE_NAMES, classes_of, counted, gradient_attacks
 from device_tests.attacks.attack import Progress
 from device_tests.attacks.gradients import at_rest, batches
 from device_tests.crafting import AdversarialSet, content_key
 from device_tests.evidence import Measured, Proportion, SelfCheck
 from device_tests.images import from_8bit
-from device_tests.perturbation import Norm, Perturbation
+from device_tests.perturbation import Perturbation
 from device_tests.threats import Source
 from exporters.measured import NotMeasured
 from exporters.run_torch import TorchRuntime
 
 MARGIN = 0.05
 """Five points: how far below the strong attack an attack may stay and still be believed."""
-
-_log = logging.getLogger(__name__)
-_log.addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True)
@@ -58,14 +54,13 @@ class StrongBudget:
 
 @dataclass(frozen=True)
 class StrongResult:
-    """What a strong attack did on one source; cached by ``key`` (:func:`strong_key`).
+    """What a strong attack did on one source.
 
     ``images``: indices of the attacked images among those given. ``fooled``: one bool for each of them.
     """
 
     source: str
     attack: str
-    key: str
     images: tuple[int, ...]
     fooled: tuple[bool, ...]
 
@@ -79,7 +74,6 @@ class StrongResult:
         return {
             "source": self.source,
             "attack": self.attack,
-            "key": self.key,
             "images": list(self.images),
             "fooled": list(self.fooled),
         }
@@ -87,13 +81,12 @@ class StrongResult:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> StrongResult:
         """Read what :meth:`to_json` wrote; raises ``ValueError`` for anything else."""
-        names = {"source", "attack", "key", "images", "fooled"}
+        names = {"source", "attack", "images", "fooled"}
         if set(value) != names or len(value["images"]) != len(value["fooled"]):
             raise ValueError(f"no result of a strong attack: fields {sorted(value)}")
         return cls(
             str(value["source"]),
             str(value["attack"]),
-            str(value["key"]),
             tuple(int(index) for index in value["images"]),
             tuple(fooled is True for fooled in value["fooled"]),
         )
@@ -108,7 +101,7 @@ def strong_key(
     budget: StrongBudget,
     seed: int,
 ) -> str:
-    """Return the key of what :func:`run_strong` returns for the same arguments."""
+    """Return a digest (64 hex digits) of all that the result of :func:`run_strong` with these arguments depends on."""
     chosen = _chosen(source.model, images, labels, budget)
     settings = ("strong", *chosen.tolist(), perturbation.code, budget, seed)
     return content_key(source.model, images[chosen], labels[chosen], *settings)
@@ -130,22 +123,21 @@ def run_strong(
     ``progress`` hears of every image's gradient; at most images · (steps + 1) · (1 + targets) of them. The global
     random state is left as it was.
     """
+    if perturbation.norm not in PACKAGE_NAMES:
+        raise ValueError(f"the strong attack knows no {perturbation}")
     model = source.model
-    key = strong_key(source, images, labels, perturbation=perturbation, budget=budget, seed=seed)
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     right = _chosen(model, images, labels, budget)
     clean = torch.from_numpy(from_8bit(images[right])).to(device)
     truth = torch.from_numpy(labels[right].astype(np.int64)).to(device)
 
-    def counted(x: torch.Tensor) -> torch.Tensor:
-        if progress is not None and torch.is_grad_enabled():
-            progress(len(x))
-        return model(x)
-
     standing = np.ones(len(right), dtype=bool)
     with at_rest(model), torch.no_grad(), torch.random.fork_rng(enabled=True):
-        classes = int(model(torch.from_numpy(from_8bit(images[:1])).to(device)).shape[1])
-        for attack in _attacks(counted, budget, classes, perturbation, seed, device):
+        classes = classes_of(model, torch.from_numpy(from_8bit(images[:1])).to(device))
+        for attack in gradient_attacks(
+            counted(model, progress), classes, steps=budget.steps, targets=budget.targets, norm=perturbation.norm,
+            epsilon=perturbation.radius, seed=seed, device=device,
+        ):  # fmt: skip
             left = np.flatnonzero(standing)
             for part in batches(clean[left]):
                 chosen = torch.from_numpy(left[part]).to(device)
@@ -155,7 +147,6 @@ def run_strong(
     return StrongResult(
         source=source.id,
         attack=budget.describe(classes),
-        key=key,
         images=tuple(int(index) for index in right),
         fooled=tuple(bool(fooled) for fooled in ~standing),
     )
@@ -195,31 +186,6 @@ def self_check(
             )
         )
     return tuple(checks)
-
-
-def _attacks(
-    model: Callable[[torch.Tensor], torch.Tensor],
-    budget: StrongBudget,
-    classes: int,
-    perturbation: Perturbation,
-    seed: int,
-    device: torch.device,
-) -> list[APGDAttack]:
-    # The attacks themselves and not the package's AutoAttack class: that fixes 100 steps and switches off any
-    # tracing (coverage, debuggers) while it inspects the model.
-    norms = {Norm.LINF: "Linf", Norm.L2: "L2"}
-    if perturbation.norm not in norms:
-        raise ValueError(f"the strong attack knows no {perturbation}")
-    shared: dict[str, Any] = {
-        "n_iter": budget.steps, "norm": norms[perturbation.norm], "eps": perturbation.radius, "seed": seed,
-        "device": device, "logger": _log,
-    }  # fmt: skip
-    attacks = [APGDAttack(model, loss="ce", **shared)]
-    if classes >= 4:
-        attacks.append(APGDAttack_targeted(model, n_target_classes=min(budget.targets, classes - 1), **shared))
-    elif classes == 3:
-        attacks.append(APGDAttack(model, loss="dlr", **shared))
-    return attacks
 
 
 def _chosen(model: nn.Module, images: np.ndarray, labels: np.ndarray, budget: StrongBudget) -> np.ndarray:

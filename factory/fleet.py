@@ -7,7 +7,9 @@ from pathlib import Path
 
 from torch import nn
 
+from device_tests.canaries import Canaries
 from device_tests.evidence import Proportion
+from device_tests.package_judgement import PackageJudgement
 from device_tests.release_rule import Decision
 from device_tests.transfer import TargetJudgement
 from exporters.measured import NotMeasured
@@ -15,7 +17,6 @@ from exporters.parity import Parity
 from factory.base import Base
 from factory.data import Splits
 from factory.device_model import DeviceModel
-from factory.examination import Examination
 from factory.fleet_folder import FleetFolder
 from factory.progress import Progress
 from factory.settings import FleetSettings
@@ -44,6 +45,23 @@ class Candidate:
     model: DeviceModel
     baked: nn.Module
     package: Path
+
+
+@dataclass(frozen=True, eq=False)
+class Queried:
+    """What attacks by answers did to one target, and what they were made on."""
+
+    judgement: TargetJudgement
+    sources: tuple[AttackedSource, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Examination:
+    """``queries``, ``canaries``: None where the budget has none. ``formats``: every format beside torch."""
+
+    queries: Queried | None
+    formats: PackageJudgement | NotMeasured
+    canaries: Canaries | None
 
 
 @dataclass(frozen=True)

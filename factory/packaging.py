@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
-import json
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -28,6 +26,7 @@ from exporters.to_coreml import export_coreml
 from exporters.to_onnx import export_onnx
 from factory.base import Base
 from factory.progress import Progress
+from factory.record import kept
 from keys.errors import PackageError
 from keys.files import folder_being_written, write_atomic
 
@@ -119,18 +118,20 @@ def parity_of(
         + platform.platform().encode()
         + images.tobytes()
     ).hexdigest()
-    with contextlib.suppress(OSError, ValueError, KeyError):  # no record, or a damaged one: measure
-        stored = json.loads(record.read_text())
-        if stored["made_from"] == made_from:
-            return {name: Parity.from_json(value) for name, value in stored["parity"].items()}
-    candidates = open_formats(package)
-    measured: dict[str, Parity | NotMeasured] = {}
-    reference = TorchRuntime(module)
-    floats = images.astype(np.float32) / 255
-    with progress.stage(f"parity {manifest.device_id}", total=len(candidates), unit="formats") as stage:
-        for name, runtime in candidates.items():
-            measured[name] = measure_parity(reference, runtime, floats, LIMITS[name])
-            stage.advance(note=name)
-    values = {"made_from": made_from, "parity": {name: value.to_json() for name, value in measured.items()}}
-    write_atomic(record, json.dumps(values).encode())
-    return measured
+
+    def measure() -> dict[str, Parity | NotMeasured]:
+        candidates = open_formats(package)
+        measured: dict[str, Parity | NotMeasured] = {}
+        reference = TorchRuntime(module)
+        floats = images.astype(np.float32) / 255
+        with progress.stage(f"parity {manifest.device_id}", total=len(candidates), unit="formats") as stage:
+            for name, runtime in candidates.items():
+                measured[name] = measure_parity(reference, runtime, floats, LIMITS[name])
+                stage.advance(note=name)
+        return measured
+
+    return kept(
+        record, made_from, compute=measure,
+        to_json=lambda measured: {name: parity.to_json() for name, parity in measured.items()},
+        from_json=lambda stored: {name: Parity.from_json(value) for name, value in stored.items()},
+    )  # fmt: skip

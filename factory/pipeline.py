@@ -30,7 +30,7 @@ from factory.classifier import ImageClassifier
 from factory.data import load_splits
 from factory.device_model import DeviceModel, block_size, make_device_model
 from factory.estimate import estimate
-from factory.examination import Examination, Examined, canaries_of, formats_under_attack, query
+from factory.examination import examine
 from factory.fleet import Candidate, Findings, Fleet, Verdict
 from factory.fleet_folder import FleetFolder
 from factory.fleet_report import report_document, report_examples
@@ -206,9 +206,9 @@ def attack(fleet: Fleet, source: Source, attacks: Sequence[Attack], on: Attacked
     )  # fmt: skip
 
 
-def attacked_images(fleet: Fleet, count: int | None = None) -> Attacked:
-    """The first test images, as many as the budget says or ``count``."""
-    taken = fleet.splits.test.take(fleet.settings.verification.images if count is None else count)
+def attacked_images(fleet: Fleet) -> Attacked:
+    """The first test images, as many as the budget says."""
+    taken = fleet.splits.test.take(fleet.settings.verification.images)
     return Attacked(taken.images.numpy(), taken.labels.numpy(), fleet.folder.attacks)
 
 
@@ -242,26 +242,12 @@ def judge_candidate(
             self_checks(facing), required=required_threats(fleet), weak=weak_sources(facing, clean),
         )  # fmt: skip
         stage.advance()
-    examination = examine(fleet, candidate, facing, on)
+    examination = examine(fleet, candidate, public_base(fleet), facing, on)
     decision = decide(
         release_rule(fleet.settings.release), base_accuracy=base_clean, device_accuracy=clean, parities=parity,
         worst_fooled=judgement.worst_fooled,
     )  # fmt: skip
     return Verdict(candidate, clean, parity, judgement, examination, decision)
-
-
-def examine(fleet: Fleet, candidate: Candidate, sources: Sequence[AttackedSource], on: Attacked) -> Examination:
-    """What is measured beside the rule: queries to the package, its formats under attack, gradient masking."""
-    verification, seed = fleet.settings.verification, fleet.settings.seed
-    examined = Examined(candidate.name, candidate.baked, candidate.package)
-    return Examination(
-        query(
-            examined, public_base(fleet), fleet.splits.train.images.numpy(), on, verification,
-            block_size=block_size(fleet.base, fleet.settings.recipe), seed=seed, progress=fleet.progress,
-        ),
-        formats_under_attack(examined, sources, on, verification),
-        canaries_of(examined, sources, on, verification, seed=seed, progress=fleet.progress),
-    )  # fmt: skip
 
 
 def required_threats(fleet: Fleet) -> tuple[Threat, ...]:

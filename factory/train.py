@@ -65,7 +65,7 @@ def train(
         lr=settings.learning_rate,
     )
     device = next(iter(parameters.values())).device
-    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and bf16_pays(device))
+    bf16 = uses_bf16(settings.precision, device)
     history = _resume(checkpoint, parameters, optimizer)
     steps_per_epoch = math.ceil(len(train_split) / settings.batch_size)
     total = settings.epochs * len(train_split)
@@ -120,8 +120,12 @@ def learning_rate(settings: TrainingSettings, step: int, steps: int) -> float:
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def bf16_pays(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 matrices faster than float32 ones."""
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """Whether ``"auto"``, ``"fp32"`` or ``"bf16"`` means bfloat16 here: automatically where it is the faster one."""
+    return precision == "bf16" or (precision == "auto" and _bf16_pays(device))
+
+
+def _bf16_pays(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     capabilities = torch.backends.cpu.get_cpu_capability()

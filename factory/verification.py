@@ -7,7 +7,6 @@ more device, attacks only what is new.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +25,9 @@ from device_tests.threats import Source, Threat
 from exporters.measured import NotMeasured
 from exporters.run_torch import TorchRuntime
 from factory.progress import Progress
+from factory.record import kept
 from factory.settings import VerificationSettings
-from factory.train import bf16_pays
-from keys.files import write_atomic
+from factory.train import uses_bf16
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +54,7 @@ class Attacked:
 
 def attacks_of(settings: VerificationSettings) -> tuple[Attack, ...]:
     """The attacks that are run on every source that gives gradients."""
-    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and bf16_pays(torch.device("cpu")))
+    bf16 = uses_bf16(settings.precision, torch.device("cpu"))
     return named_attacks(
         settings.attacks, pgd_steps=settings.pgd_steps, momentum_steps=settings.momentum_steps, bf16=bf16
     )
@@ -116,17 +115,16 @@ def strong_on(
     """What the strong attack does to ``source``; from the cache where nothing that it depends on has changed."""
     path = on.cache / source.id / f"self-check-{perturbation.code.replace(':', '-')}.json"
     key = strong_key(source, on.images, on.labels, perturbation=perturbation, budget=budget, seed=seed)
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no record, or a damaged one: attack
-        stored = StrongResult.from_json(json.loads(path.read_text()))
-        if stored.key == key:
-            return stored
-    work = budget.images * (budget.steps + 1) * (1 + budget.targets)
-    with progress.stage(f"self-check {source.id} (at most)", total=work, unit="gradients") as stage:
-        result = run_strong(
-            source, on.images, on.labels, perturbation=perturbation, budget=budget, seed=seed, progress=stage.advance
-        )
-    write_atomic(path, json.dumps(result.to_json()).encode())
-    return result
+
+    def attack() -> StrongResult:
+        work = budget.images * (budget.steps + 1) * (1 + budget.targets)
+        with progress.stage(f"self-check {source.id} (at most)", total=work, unit="gradients") as stage:
+            return run_strong(
+                source, on.images, on.labels, perturbation=perturbation, budget=budget, seed=seed,
+                progress=stage.advance,
+            )  # fmt: skip
+
+    return kept(path, key, compute=attack, to_json=StrongResult.to_json, from_json=StrongResult.from_json)
 
 
 def weak_sources(attacked: Sequence[AttackedSource], target: Proportion) -> dict[str, str]:

@@ -168,7 +168,7 @@ def test_the_margin_is_five_points_and_its_edge_passes(fooled: int, passes: bool
     images = np.zeros((100, 1, 2, 2), dtype=np.uint8)
     images[:fooled] = 255
     made = AdversarialSet("base", Threat.PUBLIC_BASE, Perturbation(Norm.LINF, 1.0), {"pgd": images})
-    result = StrongResult("base", "APGD-CE", "", tuple(range(100)), (True,) * 100)
+    result = StrongResult("base", "APGD-CE", tuple(range(100)), (True,) * 100)
     (check,) = self_check(source, made, np.zeros(100, dtype=np.int64), result)
     assert check.passed is passes
     assert check.attack_success == Proportion(fooled, 100)
@@ -189,7 +189,7 @@ def test_an_l2_ball_has_its_own_strong_attack(source: Source) -> None:
 def test_results_of_different_sources_are_not_compared(source: Source) -> None:
     made = AdversarialSet("other", Threat.PUBLIC_BASE, BALL, {})
     with pytest.raises(ValueError, match="not one source"):
-        self_check(source, made, np.zeros(1), StrongResult("base", "APGD-CE", "", (), ()))
+        self_check(source, made, np.zeros(1), StrongResult("base", "APGD-CE", (), ()))
 
 
 def test_the_key_depends_on_everything_that_the_result_does(source: Source) -> None:

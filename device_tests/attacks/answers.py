@@ -12,9 +12,8 @@ from torch import nn
 
 from device_tests.attacks.attack import Progress
 from device_tests.attacks.gradients import batches
+from device_tests.images import LEVELS
 from exporters.runtime import Runtime
-
-LEVELS = 255
 
 
 class AnsweringModel(nn.Module):

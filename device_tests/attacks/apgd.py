@@ -6,9 +6,9 @@ AutoAttack's two gradient attacks by themselves, for comparisons and canaries.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
@@ -105,6 +105,25 @@ def counted(model: nn.Module, progress: Progress | None) -> Callable[[torch.Tens
 def classes_of(model: nn.Module, images: torch.Tensor) -> int:
     """How many classes the model tells apart."""
     return int(model(images[:1]).shape[1])
+
+
+def gradient_attacks(
+    logits: Callable[[torch.Tensor], torch.Tensor], classes: int, *, steps: int, targets: int, norm: Norm,
+    epsilon: float, seed: int, device: torch.device,
+) -> Iterator[APGDAttack]:  # fmt: skip
+    """AutoAttack's gradient attacks that choose their step lengths, in its order.
+
+    APGD on the cross-entropy; then with four classes or more on the targeted DLR loss, with three on the untargeted
+    one; with two no more, because the loss needs three.
+    """
+    shared: dict[str, Any] = {
+        "n_iter": steps, "norm": PACKAGE_NAMES[norm], "eps": epsilon, "seed": seed, "device": device, "logger": quiet,
+    }  # fmt: skip
+    yield APGDAttack(logits, loss="ce", **shared)
+    if classes >= 4:
+        yield APGDAttack_targeted(logits, n_target_classes=min(targets, classes - 1), **shared)
+    elif classes == 3:
+        yield APGDAttack(logits, loss="dlr", **shared)
 
 
 def targets_for(classes: int, wanted: int) -> int:

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 from torch import nn
 
-from device_tests.attacks.apgd import PACKAGE_NAMES, classes_of, counted, quiet
+from device_tests.attacks.apgd import PACKAGE_NAMES, classes_of, counted, gradient_attacks
 from device_tests.attacks.attack import Progress
 from device_tests.attacks.ball import WORDS, check_ball, named
 from device_tests.attacks.gradients import at_rest, batches
@@ -104,17 +103,16 @@ class AutoAttack:
     ) -> Iterator[_Member]:
         classes = classes_of(model, images)
         gradients = counted(model, progress)
+        yield from gradient_attacks(
+            gradients, classes, steps=self.steps, targets=self.targets, norm=self.norm, epsilon=epsilon, seed=seed,
+            device=images.device,
+        )  # fmt: skip
         shared: dict[str, Any] = {
             "norm": PACKAGE_NAMES[self.norm], "eps": epsilon, "seed": seed, "device": images.device,
         }  # fmt: skip
-        steps: dict[str, Any] = {"n_iter": self.steps, **shared}
-        yield APGDAttack(gradients, loss="ce", logger=quiet, **steps)
-        targets = min(self.targets, classes - 1)
-        if classes >= 4:
-            yield APGDAttack_targeted(gradients, n_target_classes=targets, logger=quiet, **steps)
-        elif classes == 3:
-            yield APGDAttack(gradients, loss="dlr", logger=quiet, **steps)
-        yield FABAttack_PT(gradients, targeted=True, n_target_classes=targets, **steps)
+        yield FABAttack_PT(
+            gradients, targeted=True, n_iter=self.steps, n_target_classes=min(self.targets, classes - 1), **shared
+        )
 
         def answers(x: torch.Tensor) -> torch.Tensor:
             if progress is not None:

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from device_tests.attacks.answers import LEVELS
 from device_tests.attacks.attack import Progress
 from device_tests.attacks.gradients import at_rest, batches
+from device_tests.images import LEVELS
 from device_tests.perturbation import Norm
 from keys.errors import InputError
 
@@ -102,15 +102,18 @@ class FoolboxAttack:
         return candidates
 
 
-def carlini_wagner(steps: int = 200, searches: int = 5, confidence: float = 0.0) -> FoolboxAttack:
-    """C&W in L2 (Carlini and Wagner, IEEE S&P 2017): ``searches`` constants c, ``steps`` of Adam for each.
+def carlini_wagner(
+    steps: int = 200, searches: int = 5, confidence: float = 0.0, rate: float = 0.02, constant: float = 1.0
+) -> FoolboxAttack:
+    """C&W in L2 (Carlini and Wagner, IEEE S&P 2017): ``searches`` constants c, ``steps`` of Adam at ``rate`` for each.
 
     With ``confidence`` 0 its images barely cross the boundary; a larger margin in logits transfers better.
     """
-    # With few constants to try, the search starts where it would otherwise arrive after some tenfold steps.
+    # With few constants to try, the search starts where it would otherwise arrive after some tenfold steps. A high one
+    # finds more fooling images, farther away.
     arguments: dict[str, Argument] = {
-        "binary_search_steps": searches, "steps": steps, "stepsize": 0.02, "confidence": confidence,
-        "initial_const": 1.0,
+        "binary_search_steps": searches, "steps": steps, "stepsize": rate, "confidence": confidence,
+        "initial_const": constant,
     }  # fmt: skip
     return FoolboxAttack("cw", "L2CarliniWagnerAttack", arguments, Norm.L2, cost=steps * searches)
 

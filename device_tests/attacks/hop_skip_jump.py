@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from device_tests.attacks.answers import LEVELS, Queries
+from device_tests.attacks.answers import Queries
 from device_tests.attacks.attack import Progress
 from device_tests.attacks.gradients import at_rest
+from device_tests.images import LEVELS
 from device_tests.perturbation import Norm, Perturbation
 from keys.errors import InputError
 

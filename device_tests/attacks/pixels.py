@@ -12,9 +12,10 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from device_tests.attacks.answers import LEVELS, Queries, margins
+from device_tests.attacks.answers import Queries, margins
 from device_tests.attacks.attack import Progress
 from device_tests.attacks.gradients import at_rest, batches
+from device_tests.images import LEVELS
 from device_tests.perturbation import Norm
 from keys.errors import InputError
 

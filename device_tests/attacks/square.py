@@ -14,9 +14,10 @@ import torch
 from pyautoattack.square import SquareAttack
 from torch import nn
 
-from device_tests.attacks.answers import LEVELS, Queries
+from device_tests.attacks.answers import Queries
 from device_tests.attacks.attack import Progress
 from device_tests.attacks.gradients import at_rest, batches
+from device_tests.images import LEVELS
 from device_tests.perturbation import Norm
 from keys.errors import InputError
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,10 +17,10 @@ from device_tests.self_check import StrongBudget
 from device_tests.threats import Source, Threat
 from exporters.measured import NotMeasured
 from exporters.run_torch import TorchRuntime
+from factory.record import kept
 from factory.studies.spec import ArmSettings
 from factory.studies.workbench import Workbench
 from factory.studies.zoo import Member
-from keys.files import write_atomic
 
 EPSILON = 8 / 255
 IMAGES, QUERIES, POINTS = 48, 200, 15
@@ -62,21 +60,19 @@ def _canaries(bench: Workbench, member: Member, other: Member) -> Canaries:
         other.model.adapter_digest,
     )  # fmt: skip
     path = bench.shared / "canaries" / f"{member.id}.json"
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no record, or a damaged one: run them
-        stored = json.loads(path.read_text())
-        if stored["key"] == key:
-            return Canaries.from_json(stored["canaries"])
-    work = 2 * len(on.images) * canary_cost(strong, square)
-    with bench.progress.stage(f"canaries {member.id} (at most)", total=work, unit="gradients") as stage:
-        source = Source(other.id, Threat.SIBLING_DEVICE, other.baked, "another model of the arm")
-        ball = Perturbation(Norm.LINF, EPSILON)
-        made = craft(source, [PGD(steps=10)], on.images, on.labels, perturbation=ball, seed=bench.spec.seed)
-        found = run_canaries(
-            member.baked, on.images, on.labels, epsilon=EPSILON, seed=bench.spec.seed, black_box=made.images,
-            square=square, source=member.id, strong=strong, progress=stage.advance,
-        )  # fmt: skip
-    write_atomic(path, json.dumps({"key": key, "canaries": found.to_json()}).encode())
-    return found
+
+    def run() -> Canaries:
+        work = 2 * len(on.images) * canary_cost(strong, square)
+        with bench.progress.stage(f"canaries {member.id} (at most)", total=work, unit="gradients") as stage:
+            source = Source(other.id, Threat.SIBLING_DEVICE, other.baked, "another model of the arm")
+            ball = Perturbation(Norm.LINF, EPSILON)
+            made = craft(source, [PGD(steps=10)], on.images, on.labels, perturbation=ball, seed=bench.spec.seed)
+            return run_canaries(
+                member.baked, on.images, on.labels, epsilon=EPSILON, seed=bench.spec.seed, black_box=made.images,
+                square=square, source=member.id, strong=strong, progress=stage.advance,
+            )  # fmt: skip
+
+    return kept(path, key, compute=run, to_json=Canaries.to_json, from_json=Canaries.from_json)
 
 
 def _surfaces(bench: Workbench, members: Sequence[Member]) -> Surface:

@@ -11,7 +11,7 @@ from device_tests.attacks.attack import Attack
 from device_tests.attacks.catalogue import named_attacks
 from device_tests.collusion_trend import Trend as FittedTrend
 from device_tests.collusion_trend import collusion_trend
-from device_tests.fleet_statistics import FleetRate, group_difference
+from device_tests.fleet_statistics import FleetRate
 from device_tests.perturbation import Perturbation
 from device_tests.report.study_document import (
     BudgetLine,
@@ -30,8 +30,8 @@ from device_tests.transfer import TargetJudgement
 from exporters.measured import NotMeasured
 from factory.studies.canary_section import canary_section
 from factory.studies.spec import ArmSettings, CollusionSpec
-from factory.studies.study_report import cell, in_words, study_document
-from factory.studies.workbench import FleetMeasured, Workbench, fooling, worst_over
+from factory.studies.study_report import cell, in_words, study_document, written
+from factory.studies.workbench import FleetMeasured, Workbench, advantage, correct, fooling, outcomes, worst_over
 
 ADAPTIVE_ATTRACTORS = 0.15
 """Where collusion levels off with adaptive attractors, as their authors report it (GTSRB, 2023): a mark, no measure."""
@@ -124,18 +124,16 @@ def _line(bench: Workbench, spec: CollusionSpec, arm: ArmSettings, perturbation:
 
 def _trend(line: Line, fleet_size: int) -> FittedTrend | NotMeasured:
     counts = sorted(line.judged)
-    outcomes: list[list[np.ndarray]] = []
+    fooled: list[np.ndarray] = []
     for count in counts:
-        wrong = [worst_over()(judgement) for judgement in line.judged[count]]
-        missing = [one.reason for one in wrong if isinstance(one, NotMeasured)]
-        if missing:
-            return NotMeasured("; ".join(dict.fromkeys(missing)))
-        outcomes.append([one for one in wrong if not isinstance(one, NotMeasured)])
+        found = outcomes(line.judged[count], worst_over())
+        if isinstance(found, NotMeasured):
+            return found
+        fooled.append(found)
     if not counts:
         return NotMeasured("no group was attacked")
-    judged = np.array([judgement.correct for judgement in line.judged[counts[0]]])
     drawn = sorted({*range(1, max(counts) + 5), fleet_size})
-    return collusion_trend(counts, np.array(outcomes, dtype=bool), judged, predict=drawn)
+    return collusion_trend(counts, np.array(fooled), correct(line.judged[counts[0]]), predict=drawn)
 
 
 def _drawn(name: str, trend: FittedTrend, fleet_size: int) -> Trend:
@@ -171,26 +169,11 @@ def _against_control(lines: Sequence[Line]) -> list[str]:
             if control.arm.adaptation != line.arm.adaptation:
                 continue
             for count in sorted(set(line.judged) & set(control.judged)):
-                difference = _difference(control.judged[count], line.judged[count])
+                gained = in_words(advantage(control.judged[count], line.judged[count], worst_over()))
                 said.append(
-                    f"{control.arm.name} minus {line.arm.name}, {count} colluding: {difference} "
-                    "(positive: the key helps)."
+                    f"{control.arm.name} minus {line.arm.name}, {count} colluding: {gained} (positive: the key helps)."
                 )
     return said or ["No un-keyed arm was studied beside a keyed one."]
-
-
-def _difference(control: Sequence[TargetJudgement], keyed: Sequence[TargetJudgement]) -> str:
-    images = min(len(control[0].labels), len(keyed[0].labels))
-    sides: list[np.ndarray] = []
-    for group in (control, keyed):
-        wrong = [worst_over()(judgement) for judgement in group]
-        missing = [one.reason for one in wrong if isinstance(one, NotMeasured)]
-        if missing:
-            return in_words(NotMeasured("; ".join(dict.fromkeys(missing))))
-        sides += [
-            np.array(wrong, dtype=bool)[:, :images], np.array([j.correct for j in group])[:, :images],
-        ]  # fmt: skip
-    return in_words(group_difference(*sides))
 
 
 def _conclusion(lines: Sequence[Line]) -> list[str]:
@@ -198,11 +181,7 @@ def _conclusion(lines: Sequence[Line]) -> list[str]:
     for line in lines:
         counts = sorted(line.judged)
         rates = {k: line.rate(k) for k in counts}
-        shown = [
-            f"{k}: {rate.mean:.3f} [{rate.low:.3f}, {rate.high:.3f}]"
-            for k, rate in rates.items()
-            if isinstance(rate, FleetRate)
-        ]
+        shown = [f"{k}: {written(rate)}" for k, rate in rates.items() if isinstance(rate, FleetRate)]
         said.append(f"{line.arm.name}, fooled by so many colluding devices – {'; '.join(shown) or 'not measured'}.")
     return said
 

@@ -33,8 +33,8 @@ from device_tests.transfer import TargetJudgement
 from exporters.measured import NotMeasured
 from factory.studies.canary_section import canary_section
 from factory.studies.spec import ArmSettings, LocalizedSpec
-from factory.studies.study_report import cell, complement, difference, study_document
-from factory.studies.workbench import FleetMeasured, Workbench, fooling, worst_over
+from factory.studies.study_report import cell, complement, difference, study_document, written
+from factory.studies.workbench import FleetMeasured, Workbench, correct, fooling, outcomes, worst_over
 
 Judged = dict[tuple[str, Perturbation], list[TargetJudgement]]
 
@@ -140,12 +140,11 @@ def _success(found: Sequence[TargetJudgement], attack: str | None) -> Cell:
 
 
 def _robustness(found: Sequence[TargetJudgement], attack: str | None) -> FleetDifference | NotMeasured:
-    wrong = [worst_over(None, attack)(judgement) for judgement in found]
-    missing = [one.reason for one in wrong if isinstance(one, NotMeasured)]
-    if missing:
-        return NotMeasured("; ".join(dict.fromkeys(missing)))
-    correct = np.array([judgement.correct for judgement in found])
-    return arm_difference(correct & ~np.array(wrong, dtype=bool), correct, np.ones_like(correct))
+    wrong = outcomes(found, worst_over(None, attack))
+    if isinstance(wrong, NotMeasured):
+        return wrong
+    right = correct(found)
+    return arm_difference(right & ~wrong, right, np.ones_like(right))
 
 
 def _grey_table(spec: LocalizedSpec, judged: Judged, patches: Sequence[Perturbation]) -> Table:
@@ -181,19 +180,11 @@ def _conclusion(spec: LocalizedSpec, judged: Judged) -> list[str]:
     most = Perturbation(Norm.L0, float(spec.pixels[-1]))
     for arm in spec.arms:
         said.append(
-            f"{arm.name}: {most} fool {_short(fooling(judged[arm.name, most], worst_over()))}; a {largest} fools "
-            f"{_short(fooling(judged[arm.name, largest], worst_over(None, 'patch')))}, a grey one of that size "
-            f"{_short(fooling(judged[arm.name, largest], worst_over(None, 'grey-patch')))}."
+            f"{arm.name}: {most} fool {written(fooling(judged[arm.name, most], worst_over()))}; a {largest} fools "
+            f"{written(fooling(judged[arm.name, largest], worst_over(None, 'patch')))}, a grey one of that size "
+            f"{written(fooling(judged[arm.name, largest], worst_over(None, 'grey-patch')))}."
         )
     return said
-
-
-def _short(value: FleetMeasured) -> str:
-    if isinstance(value, NotMeasured):
-        return "– (not measured)"
-    low, high = (value.low, value.high) if hasattr(value, "low") else value.interval  # type: ignore[union-attr]
-    mean = value.mean if hasattr(value, "mean") else value.value  # type: ignore[union-attr]
-    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _budgets(bench: Workbench, spec: LocalizedSpec) -> list[BudgetLine]:

@@ -54,6 +54,16 @@ def in_words(value: FleetDifference | NotMeasured) -> str:
     )
 
 
+def written(value: FleetMeasured) -> str:
+    """A rate with its interval, for a sentence."""
+    if isinstance(value, NotMeasured):
+        return "– (not measured)"
+    if isinstance(value, Proportion):
+        low, high = value.interval
+        return f"{value.value:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
+
+
 def study_document(
     bench: Workbench, *, name: str, title: str, conclusion: Sequence[str], highlights: Mapping[str, FleetMeasured],
     budgets: Sequence[BudgetLine], sections: Sequence[Section], command: str,

@@ -17,7 +17,7 @@ from device_tests.accuracy import predict
 from device_tests.attacks.attack import Attack
 from device_tests.attacks.autoattack import AutoAttack
 from device_tests.attacks.catalogue import named_attacks
-from device_tests.fleet_statistics import FleetDifference, FleetRate, group_difference
+from device_tests.fleet_statistics import FleetDifference, FleetRate
 from device_tests.perturbation import Norm, Perturbation
 from device_tests.report.study_document import BudgetLine, HeatMap, HeatRow, Section, StudyDocument, Table, TableCell
 from device_tests.threats import Threat
@@ -27,15 +27,17 @@ from exporters.run_torch import TorchRuntime
 from factory.classifier import ImageClassifier
 from factory.studies.canary_section import canary_section
 from factory.studies.spec import ArmSettings, Table1Spec
-from factory.studies.study_report import cell, complement, difference, study_document
+from factory.studies.study_report import cell, complement, difference, study_document, written
 from factory.studies.workbench import (
     FleetMeasured,
     Pick,
     Workbench,
+    advantage,
     clean_accuracy,
     fooling,
     one_model,
     robust_accuracy,
+    with_base,
     worst_over,
 )
 from factory.studies.zoo import Member
@@ -222,7 +224,7 @@ def _transfer_section(
     for row in rows:
         for count in spec.ensembles if row.arm.in_depth else (spec.screened_ensemble,):
             if count < len(row.members):
-                pick = _from_ensemble(count)
+                pick = worst_over([Threat.COLLUDING_DEVICES], source=with_base(count))
                 per_ensemble.append((row.arm.name, f"base and {count}", cell(fooling(row.judged[transfer], pick))))
     table = Table(
         title="By size of the ensemble", caption="Fooling rate of the attacks on the base and so many other keys.",
@@ -235,18 +237,6 @@ def _transfer_section(
     )
 
 
-def _from_ensemble(count: int) -> Pick:
-    def pick(judgement: TargetJudgement) -> np.ndarray | NotMeasured:
-        mark = f"-base-and-{count}-" if count > 1 else "-and-base"
-        chosen = [c for c in judgement.cells if mark in c.source and c.threat is Threat.COLLUDING_DEVICES]
-        missing = [c.fooled.reason for c in chosen if isinstance(c.fooled, NotMeasured)]
-        if missing or not chosen:
-            return NotMeasured("; ".join(missing) or "no such ensemble was attacked")
-        return np.any([judgement.wrong(c.source, c.attack) for c in chosen], axis=0)
-
-    return pick
-
-
 def _controls_section(rows: Sequence[Row], attackers: dict[Battery, list[Attacker]]) -> Section:
     keyed = [row for row in rows if row.arm.block_size is not None]
     controls = [row for row in rows if row.arm.block_size is None]
@@ -257,8 +247,8 @@ def _controls_section(rows: Sequence[Row], attackers: dict[Battery, list[Attacke
                 continue
             for battery, group in attackers.items():
                 for attacker in group:
-                    advantage = difference(_difference(row, control, battery, attacker))
-                    lines.append((row.arm.name, control.arm.name, f"{attacker.name}, {battery}", advantage))
+                    gained = difference(_advantage(row, control, battery, attacker))
+                    lines.append((row.arm.name, control.arm.name, f"{attacker.name}, {battery}", gained))
     return Section(
         title="What the controls explain",
         prose=(
@@ -274,20 +264,10 @@ def _controls_section(rows: Sequence[Row], attackers: dict[Battery, list[Attacke
     )  # fmt: skip
 
 
-def _difference(row: Row, control: Row, battery: Battery, attacker: Attacker) -> FleetDifference | NotMeasured:
-    first, second = control.judged.get(battery), row.judged.get(battery)
-    if first is None or second is None:
+def _advantage(row: Row, control: Row, battery: Battery, attacker: Attacker) -> FleetDifference | NotMeasured:
+    if battery not in row.judged or battery not in control.judged:
         return NOT_RUN
-    images = min(len(first[0].labels), len(second[0].labels))
-    sides: list[np.ndarray] = []
-    for group in (first, second):
-        wrong = [attacker.pick(judgement) for judgement in group]
-        missing = [one.reason for one in wrong if isinstance(one, NotMeasured)]
-        if missing:
-            return NotMeasured("; ".join(dict.fromkeys(missing)))
-        sides.append(np.array(wrong, dtype=bool)[:, :images])
-        sides.append(np.array([judgement.correct for judgement in group])[:, :images])
-    return group_difference(*sides)
+    return advantage(control.judged[battery], row.judged[battery], attacker.pick)
 
 
 def _why_section(bench: Workbench, rows: Sequence[Row]) -> Section:
@@ -352,10 +332,9 @@ def _conclusion(
         kept, strong = complement(row.rate(strict, adaptive)), row.rate(transfer, worst)
         if isinstance(kept, FleetRate) and isinstance(strong, FleetRate):
             sentences.append(
-                f"{row.arm.name} keeps {kept.mean:.3f} [{kept.low:.3f}, {kept.high:.3f}] of its correct images under "
-                f"AutoAttack on a guessed key at {strict.perturbation}, and is fooled on {strong.mean:.3f} "
-                f"[{strong.low:.3f}, {strong.high:.3f}] in the worst case of the transfer attacks at "
-                f"{transfer.perturbation}."
+                f"{row.arm.name} keeps {written(kept)} of its correct images under AutoAttack on a guessed key at "
+                f"{strict.perturbation}, and is fooled on {written(strong)} in the worst case of the transfer attacks "
+                f"at {transfer.perturbation}."
             )
         else:
             sentences.append(f"{row.arm.name}: not everything was measured; see the tables.")

@@ -14,7 +14,7 @@ from device_tests.accuracy import predict
 from device_tests.attacks.attack import Attack
 from device_tests.attacks.autoattack import AutoAttack
 from device_tests.attacks.catalogue import named_attacks
-from device_tests.attacks.foolbox_attack import FoolboxAttack
+from device_tests.attacks.foolbox_attack import carlini_wagner
 from device_tests.perturbation import Norm, Perturbation
 from device_tests.report.charts import Pictures
 from device_tests.report.study_document import (
@@ -105,12 +105,9 @@ def whitebox(bench: Workbench, spec: WhiteboxSpec, command: str) -> StudyDocumen
 
 def _suite(spec: WhiteboxSpec, perturbation: Perturbation) -> tuple[Attack, ...]:
     if perturbation.norm is Norm.L2:
-        arguments = {
-            "binary_search_steps": 3, "steps": spec.carlini_wagner_steps, "stepsize": 0.01,
-            "initial_const": spec.carlini_wagner_constant,
-        }  # fmt: skip
-        cost = 3 * spec.carlini_wagner_steps
-        return (FoolboxAttack("cw", "L2CarliniWagnerAttack", arguments, Norm.L2, cost=cost),)
+        return (
+            carlini_wagner(spec.carlini_wagner_steps, searches=3, rate=0.01, constant=spec.carlini_wagner_constant),
+        )
     suite = named_attacks(SUITE, pgd_steps=STEPS, momentum_steps=STEPS)
     return (*suite, AutoAttack(norm=perturbation.norm)) if spec.autoattack else suite
 

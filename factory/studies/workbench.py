@@ -19,7 +19,7 @@ from device_tests.accuracy import accuracy
 from device_tests.attacks.attack import Attack
 from device_tests.ensemble import Ensemble
 from device_tests.evidence import Measured, Proportion
-from device_tests.fleet_statistics import FleetRate, fleet_rate
+from device_tests.fleet_statistics import FleetDifference, FleetRate, fleet_rate, group_difference
 from device_tests.perturbation import Perturbation
 from device_tests.self_check import StrongBudget
 from device_tests.threats import Source, Threat
@@ -99,7 +99,7 @@ class Workbench:
                 sources.append(Source(names[0], Threat.GUESSED_KEY, models[names[0]], "another key", targets))
                 continue
             model = Ensemble([self.base_model, *(models[name] for name in names)])
-            identity = f"{members[0].arm.name}-base-and-{count}-{number}"
+            identity = f"{members[0].arm.name}{with_base(count)}{number}"
             sources.append(
                 Source(identity, Threat.COLLUDING_DEVICES, model, f"the base and {count} other keys at once", targets)
             )
@@ -111,7 +111,7 @@ class Workbench:
             return self.other_keys(members, count)
         return [
             Source(
-                f"{source.id}-and-base", Threat.COLLUDING_DEVICES, Ensemble([self.base_model, source.model]),
+                source.id + with_base(1), Threat.COLLUDING_DEVICES, Ensemble([self.base_model, source.model]),
                 "the base and 1 other key at once", source.targets,
             )
             for source in self.other_keys(members, 1)
@@ -125,6 +125,11 @@ class Workbench:
             runtime, name, on.images, on.labels, [one.adversarial for one in facing], self_checks(facing), required=(),
             weak=weak_sources(facing, accuracy(runtime, on.images, on.labels)),
         )  # fmt: skip
+
+
+def with_base(count: int) -> str:
+    """What the ids of the sources have in common that are the public base and ``count`` other models at once."""
+    return "-and-base" if count == 1 else f"-base-and-{count}-"
 
 
 @contextlib.contextmanager
@@ -147,15 +152,16 @@ def open_workbench(folder: Path, spec: Spec, progress: Progress) -> Iterator[Wor
 Pick = Callable[[TargetJudgement], np.ndarray | NotMeasured]
 
 
-def worst_over(threats: Sequence[Threat] | None = None, attack: str | None = None) -> Pick:
-    """Which images a target gets wrong in the worst case: over these threats (all), by this attack (all).
+def worst_over(threats: Sequence[Threat] | None = None, attack: str | None = None, source: str | None = None) -> Pick:
+    """Which images a target gets wrong in the worst case over these threats, this attack, these sources; all if None.
 
-    The result is bool N over all images; or the reason why it is not known.
+    ``source``: a part of the sources' ids. The result is bool N over all images; or the reason why it is not known.
     """
 
     def pick(judgement: TargetJudgement) -> np.ndarray | NotMeasured:
         chosen = [cell for cell in judgement.cells if threats is None or cell.threat in threats]
         chosen = [cell for cell in chosen if attack is None or cell.attack == attack]
+        chosen = [cell for cell in chosen if source is None or source in cell.source]
         missing = [cell.fooled.reason for cell in chosen if isinstance(cell.fooled, NotMeasured)]
         if missing or not chosen:
             return NotMeasured("; ".join(dict.fromkeys(missing)) or "no such attack was run")
@@ -186,14 +192,38 @@ def clean_accuracy(judgements: Sequence[TargetJudgement]) -> FleetMeasured:
     )
 
 
+def advantage(
+    control: Sequence[TargetJudgement], keyed: Sequence[TargetJudgement], pick: Pick
+) -> FleetDifference | NotMeasured:
+    """Fooling rate of the control minus that of the keyed models, on the images that both were attacked on."""
+    images = min(len(control[0].labels), len(keyed[0].labels))
+    sides: list[np.ndarray] = []
+    for group in (control, keyed):
+        fooled = outcomes(group, pick)
+        if isinstance(fooled, NotMeasured):
+            return fooled
+        sides += [fooled[:, :images], correct(group)[:, :images]]
+    return group_difference(*sides)
+
+
+def outcomes(judgements: Sequence[TargetJudgement], pick: Pick) -> np.ndarray | NotMeasured:
+    """``pick`` of every judgement, bool D×N; not measured, with all reasons, if one of them is not."""
+    rows = [pick(judgement) for judgement in judgements]
+    missing = dict.fromkeys(row.reason for row in rows if isinstance(row, NotMeasured))
+    return NotMeasured("; ".join(missing)) if missing else np.array(rows, dtype=bool)
+
+
+def correct(judgements: Sequence[TargetJudgement]) -> np.ndarray:
+    """Which clean images each target gets right, bool D×N."""
+    return np.array([judgement.correct for judgement in judgements], dtype=bool)
+
+
 def _over_fleet(
     judgements: Sequence[TargetJudgement], pick: Pick, counted: Callable[[TargetJudgement], np.ndarray]
 ) -> FleetMeasured:
-    rows = [pick(judgement) for judgement in judgements]
-    missing = dict.fromkeys(row.reason for row in rows if isinstance(row, NotMeasured))
-    if missing:
-        return NotMeasured("; ".join(missing))
-    hits = np.array(rows, dtype=bool)
+    hits = outcomes(judgements, pick)
+    if isinstance(hits, NotMeasured):
+        return hits
     mask = np.array([counted(judgement) for judgement in judgements], dtype=bool)
     if len(hits) == 1:
         return one_model(hits[0], mask[0])
