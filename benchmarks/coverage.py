@@ -30,6 +30,9 @@ IMAGE_SPREADS = (0.0, 2.0)
 CLEAN = 2.5
 HARDNESS = 0.8
 
+STUDIES = ((3, 128), (8, 128), (10, 128), (10, 256))
+"""Devices and images of the recorded studies, beside the sizes that a reader may choose."""
+
 NODES, _AREAS = hermegauss(41)
 WEIGHTS = _AREAS / _AREAS.sum()
 
@@ -182,7 +185,7 @@ HEADINGS = "lowest | mean | highest | within 93–97 | below / above | mean widt
 def rates_table(replications: int, rng: np.random.Generator) -> Iterator[str]:
     """Mean rate of one fleet: every number of devices and images, over rates and image spreads."""
     yield f"| devices | images | device spread | {HEADINGS}\n|---|---|---|---|---|---|---|---|---|"
-    for devices, images in itertools.product((2, 3, 5, 10, 12), (300, 400, 1000)):
+    for devices, images in (*itertools.product((2, 3, 5, 10, 12), (300, 400, 1000)), *STUDIES):
         for spread in (*DEVICE_SPREADS, UNEVEN):
             cells = [
                 rate_coverage(Population(rate, spread, image), devices, images, replications=replications, rng=rng)
@@ -207,7 +210,8 @@ def groups_table(replications: int, rng: np.random.Generator) -> Iterator[str]:
     """Difference of two groups of devices on the same images."""
     yield f"| devices | images | {HEADINGS}\n|---|---|---|---|---|---|---|---|"
     pairs = ((0.02, 0.05), (0.05, 0.05), (0.2, 0.05), (0.5, 0.2), (0.5, 0.5))
-    for devices, images in itertools.product(((2, 2), (3, 3), (5, 5), (10, 3), (10, 10)), (300, 1000)):
+    sizes = itertools.product(((2, 2), (3, 3), (5, 5), (10, 3), (10, 10)), (300, 1000))
+    for devices, images in (*sizes, *(((devices, 3), images) for devices, images in STUDIES)):
         cells = [
             group_coverage(
                 Population(one, spread, image), Population(other, spread, image), devices, images,
