@@ -22,7 +22,7 @@ from torch import nn
 
 from device_tests.attacks.attack import Attack, Progress
 from device_tests.images import from_8bit
-from device_tests.perturbation import Perturbation
+from device_tests.perturbation import Norm, Perturbation
 from device_tests.threats import Source, Threat
 from keys.errors import KeyfoundryError
 from keys.files import write_atomic
@@ -48,6 +48,15 @@ class AdversarialSet:
     images: Mapping[str, np.ndarray]
     failures: Mapping[str, str] = field(default_factory=dict[str, str])
     differentiable: bool = True
+
+    @property
+    def needs_self_check(self) -> bool:
+        """Whether a strong attack must vouch for these: wherever there are gradients in a ball.
+
+        Of what only answers, the answers are the success; single pixels and patches have no strong reference attack,
+        and the grey patch is their control.
+        """
+        return self.differentiable and self.perturbation.norm in (Norm.LINF, Norm.L2)
 
 
 def content_key(model: nn.Module, images: np.ndarray, labels: np.ndarray, *settings: object) -> str:
@@ -83,9 +92,11 @@ def craft(
     ``images``: uint8 N×C×H×W; ``labels``: integers N; ``cache``: folder that holds this source's chunks.
     ``progress`` hears of the gradients (or, for attacks without, of the queries) as they are computed, cached ones at
     once: len(images) · Σ ``gradients_per_image`` for attacks that do not end early. Raises :class:`InputError` if a
-    source's values are not finite, ``ValueError`` if an attack is of another norm; any other fault of an attack
-    becomes a failure.
+    source's values are not finite, ``ValueError`` if an attack is of another norm or two have one name; any other
+    fault of an attack becomes a failure.
     """
+    if len({attack.name for attack in attacks}) < len(attacks):
+        raise ValueError(f"two attacks have one name: {sorted(attack.name for attack in attacks)}")
     proposed: dict[str, np.ndarray] = {}
     failures: dict[str, str] = {}
     for attack in sorted(attacks, key=lambda attack: attack.name):

@@ -84,12 +84,13 @@ def write_clean(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
 def _read_npz(path: Path, contract: InputContract, classes: int) -> ForeignFile:
     try:
         with zipfile.ZipFile(path) as archive:
-            present = {name.removesuffix(".npy") for name in archive.namelist()}
+            present = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
             if "adversarial" not in present:
                 raise InputError(f"{path} has no array 'adversarial'; write it with numpy.savez(..., adversarial=...).")
             arrays = {name: _read_array(archive, name, path) for name in _ARRAYS if name in present}
-    # What zipfile and numpy raise for damaged, truncated and encrypted files.
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, RuntimeError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # damaged, truncated, encrypted: a header alone can make numpy raise nearly anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path} is no readable .npz file ({reason}); write it with numpy.savez.") from error
     adversarial = _shaped(arrays["adversarial"], "adversarial", contract, path)

@@ -111,10 +111,16 @@ class OnnxFile:
         parts: list[np.ndarray] = []
         for part in batches(images, 1 if self.shape[0] == 1 else BATCH):
             try:
-                parts.append(np.asarray(self._session.run([self._output], {self._input: part})[0]))
+                answer = np.asarray(self._session.run([self._output], {self._input: part})[0])
             except Exception as error:  # as above
                 size = "×".join(map(str, images.shape[1:]))
                 raise InputError(f"{self.where} cannot run images of {size}: {_first_line(error)}") from error
+            if answer.ndim != 2 or len(answer) != len(part) or answer.dtype.kind != "f":
+                raise InputError(
+                    f"{self.where} gives {answer.dtype} of shape {answer.shape} for {len(part)} images; a source gives "
+                    "logits, images × classes."
+                )
+            parts.append(answer)
         return np.concatenate(parts)
 
 

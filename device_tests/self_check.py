@@ -19,13 +19,17 @@ from device_tests.accuracy import predict
 from device_tests.attacks.apgd import PACKAGE_NAMES, classes_of, counted, gradient_attacks
 from device_tests.attacks.attack import Progress
 from device_tests.attacks.gradients import at_rest, batches
+from device_tests.attacks.pgd import PGD
 from device_tests.crafting import AdversarialSet, content_key
 from device_tests.evidence import Measured, Proportion, SelfCheck
 from device_tests.images import from_8bit
-from device_tests.perturbation import Perturbation
+from device_tests.perturbation import Norm, Perturbation
 from device_tests.threats import Source
 from exporters.measured import NotMeasured
 from exporters.run_torch import TorchRuntime
+
+UNBOUNDED = PGD(steps=20)
+"""What is run where nothing bounds the change: it fools any model whose gradients mean something."""
 
 MARGIN = 0.05
 """Five points: how far below the strong attack an attack may stay and still be believed."""
@@ -150,6 +154,25 @@ def run_strong(
         images=tuple(int(index) for index in right),
         fooled=tuple(bool(fooled) for fooled in ~standing),
     )
+
+
+def fooled_without_bound(
+    model: nn.Module, images: np.ndarray, labels: np.ndarray, *, seed: int, progress: Progress | None = None
+) -> Measured:
+    """How many of the images that a model gets right PGD fools with ε = 1 in L∞, the whole range of pixel values.
+
+    ``images``: uint8 N×C×H×W; ``labels``: integers N. Not measured if the model gets none right. A model that
+    withstands it misleads gradients, and no attack by gradients says anything about it (Athalye et al., 2018).
+    """
+    right = np.flatnonzero(_predict(model, images) == labels)
+    if not len(right):
+        return _success(np.zeros(0, dtype=bool))
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    clean = torch.from_numpy(from_8bit(images[right])).to(device)
+    truth = torch.from_numpy(labels[right].astype(np.int64)).to(device)
+    found = UNBOUNDED.generate(model, clean, truth, epsilon=1.0, seed=seed, progress=progress)
+    changed = Perturbation(Norm.LINF, 1.0).to_8bit(found.detach().cpu().numpy(), images[right])
+    return _success(_predict(model, changed) != labels[right])
 
 
 def self_check(

@@ -15,7 +15,6 @@ import numpy as np
 from device_tests.accuracy import predict
 from device_tests.crafting import AdversarialSet
 from device_tests.evidence import Measured, Proportion, SelfCheck, ThreatResult, TransferCell
-from device_tests.perturbation import Norm
 from device_tests.threats import Threat
 from exporters.measured import NotMeasured
 from exporters.runtime import Runtime
@@ -112,6 +111,8 @@ def judge(
         for attack, reason in made.failures.items():
             cells.append(TransferCell(made.source, threat, attack, target_id, made.perturbation, NotMeasured(reason)))
 
+    with_gradients = {made.source for made in adversarial if made.differentiable}
+
     def worst(sources: Collection[str]) -> np.ndarray:
         wrong = [predicted != truth for (source, _), predicted in predictions.items() if source in sources]
         return np.any(wrong, axis=0)[correct]
@@ -122,6 +123,9 @@ def judge(
         doubted = [doubts[source] for source in sources if source in doubts]
         if not sources:
             rate = NotMeasured(f"no attack of threat {threat.code} was run")
+        elif threat in required and not with_gradients.intersection(sources):
+            # Answers alone are a weak attack, and nothing vouches for it: it may add to a worst case, never be it.
+            rate = NotMeasured(f"no attack of threat {threat.code} had gradients")
         elif doubted:
             rate = NotMeasured("; ".join(doubted))
         else:
@@ -153,12 +157,8 @@ def _share(fooled: np.ndarray) -> Measured:
 
 
 def _doubt(made: AdversarialSet, checks: Sequence[SelfCheck]) -> str | None:
-    """Why a source is not believed; ``None`` if one of its attacks passed its self-check.
-
-    Queries need none (the answers are their success), nor do single pixels and patches, which have no strong reference
-    attack: the grey patch is their control.
-    """
-    if made.threat is Threat.QUERIES or not made.differentiable or made.perturbation.norm in (Norm.L0, Norm.PATCH):
+    """Why a source is not believed; ``None`` if one of its attacks passed its self-check, or none is needed."""
+    if not made.needs_self_check:
         return None
     own = [check for check in checks if check.source == made.source and check.attack in made.images]
     if any(check.passed for check in own):

@@ -13,9 +13,9 @@ from device_tests.attacks.gradients import at_rest, loss_gradient
 from device_tests.ensemble import members_of
 from device_tests.images import from_8bit
 from device_tests.perturbation import Perturbation
-from device_tests.self_check import StrongBudget
+from device_tests.self_check import UNBOUNDED, StrongBudget
 from device_tests.threats import Source
-from factory.verification import Attacked, gradients_left
+from factory.verification import UNBOUNDED_IMAGES, Attacked, gradients_left
 
 _SAMPLE = 64
 """Images of the gradient that is timed."""
@@ -58,6 +58,7 @@ def estimate(
         left = gradients_left(source, attacks, on, perturbation=perturbation, seed=seed)
         if left:
             left += min(budget.images, len(on.images)) * (budget.steps + 1) * (1 + budget.targets)
+            left += min(UNBOUNDED_IMAGES, len(on.images)) * UNBOUNDED.gradients_per_image
         total += left * size
     return Estimate(len(sources), total, _rate(sources[0], on))
 

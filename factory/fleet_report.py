@@ -100,7 +100,10 @@ def report_document(findings: Findings, command: str) -> ReportDocument:
             SourceReport(
                 id=one.source.id, threat=one.source.threat.code, description=one.source.description,
                 self_checks=tuple(SelfCheckReport.of(check) for check in one.checks)
-                or NotMeasured("what only asks the target needs no self-check"),
+                or NotMeasured(
+                    "every attack on it failed" if one.source.differentiable
+                    else "it gives answers and no gradients that a strong attack could use"
+                ),
             )
             for one in (*findings.sources, *(one for verdict in verdicts for one in _query_sources(verdict)))
         ),
@@ -182,6 +185,11 @@ def _notes(findings: Findings) -> tuple[str, ...]:
         for verdict in findings.verdicts
         if (found := verdict.examination.canaries) is not None and found.failed
     ]
+    notes += [
+        f"{verdict.candidate.name}: not every sign of gradient masking could be looked for."
+        for verdict in findings.verdicts
+        if (found := verdict.examination.canaries) is not None and not found.failed and not found.passed
+    ]
     tests = len(findings.verdicts)
     alpha = findings.fleet.settings.release.alpha
     notes.append(
@@ -213,6 +221,8 @@ def report_examples(findings: Findings) -> tuple[Example, ...]:
     fleet = findings.fleet
     clean = fleet.splits.test.take(fleet.settings.verification.images)
     labels = fleet.splits.labels
+    if not base.adversarial.images:
+        return ()
     attack = list(base.adversarial.images)[-1]
     attacked = base.adversarial.images[attack]
     with torch.no_grad():

@@ -8,6 +8,7 @@ function of a module named after what it holds.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -161,7 +162,11 @@ def foreign_sources(fleet: Fleet, names: Sequence[str]) -> list[Source]:
     """Load the models that attacks are made on beside the fleet's own; before anything is trained."""
     contract, labels = fleet.base.architecture.contract, fleet.splits.labels
     images = fleet.splits.validation.take(PROBES).images.numpy()
-    return [load_source(name, contract, labels, images) for name in names]
+    sources = [load_source(name, contract, labels, images) for name in names]
+    for first, second in itertools.combinations(range(len(names)), 2):
+        if sources[first].id == sources[second].id:
+            raise InputError(f"The sources {names[first]} and {names[second]} are called alike; rename one of them.")
+    return sources
 
 
 def attack_sources(

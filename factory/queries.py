@@ -36,7 +36,10 @@ EPOCHS = 4
 
 def asked_target(name: str, runtime: Runtime, digest: str) -> Source:
     """The target as something that answers; ``digest``: of the model file that does."""
-    return Source(f"queries-{name}", Threat.QUERIES, AnsweringModel(runtime, digest), f"the answers of {name}", (name,))
+    return Source(
+        f"queries-{name}", Threat.QUERIES, AnsweringModel(runtime, digest), f"the answers of {name}", (name,),
+        differentiable=False,
+    )  # fmt: skip
 
 
 def query_attacks(settings: VerificationSettings) -> tuple[Attack, ...]:

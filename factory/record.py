@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from keys.errors import InputError
 from keys.files import write_atomic
 
 T = TypeVar("T")
@@ -20,7 +21,7 @@ def kept(
 
     A record that is missing, damaged, of another key or of another version is replaced, never trusted.
     """
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, InputError):
         stored = json.loads(path.read_text())
         if stored["key"] == key:
             return from_json(stored["value"])

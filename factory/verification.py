@@ -17,11 +17,19 @@ import torch
 from device_tests.accuracy import accuracy
 from device_tests.attacks.attack import Attack
 from device_tests.attacks.catalogue import named_attacks
-from device_tests.crafting import AdversarialSet, cached_images, craft
-from device_tests.evidence import Measured, Proportion, SelfCheck
+from device_tests.crafting import AdversarialSet, cached_images, content_key, craft
+from device_tests.evidence import Measured, Proportion, SelfCheck, measured_from_json
 from device_tests.perturbation import Perturbation
-from device_tests.self_check import StrongBudget, StrongResult, run_strong, self_check, strong_key
-from device_tests.threats import Source, Threat
+from device_tests.self_check import (
+    UNBOUNDED,
+    StrongBudget,
+    StrongResult,
+    fooled_without_bound,
+    run_strong,
+    self_check,
+    strong_key,
+)
+from device_tests.threats import Source
 from exporters.measured import NotMeasured
 from exporters.run_torch import TorchRuntime
 from factory.progress import Progress
@@ -29,18 +37,24 @@ from factory.record import kept
 from factory.settings import VerificationSettings
 from factory.train import uses_bf16
 
+UNBOUNDED_IMAGES = 32
+LEAST_UNBOUNDED = 0.9
+"""Share of the images that PGD must fool on a source when nothing bounds the change."""
+
 
 @dataclass(frozen=True, eq=False)
 class AttackedSource:
     """One source with the images that its attacks made, and whether those attacks are to be believed.
 
-    ``clean``: how many of the attacked images the source itself gets right.
+    ``clean``: how many of the attacked images the source itself gets right. ``unbounded``: how many of them PGD fools
+    with no bound on the change.
     """
 
     source: Source
     clean: Measured
     adversarial: AdversarialSet
     checks: tuple[SelfCheck, ...]
+    unbounded: Measured
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,11 +103,13 @@ def attack_source(
             source, attacks, on.images, on.labels, perturbation=perturbation, seed=seed, cache=on.cache / source.id,
             progress=None if stage is None else stage.advance,
         )  # fmt: skip
-    if source.threat is Threat.QUERIES or not source.differentiable:
-        return AttackedSource(source, NotMeasured("the target's own answers are attacked"), adversarial, ())
+    if not adversarial.needs_self_check:
+        none = NotMeasured("no strong attack has to vouch for these")
+        return AttackedSource(source, none, adversarial, (), none)
     strong = strong_on(source, on, perturbation=perturbation, budget=budget, seed=seed, progress=progress)
     checks = self_check(source, adversarial, on.labels, strong, margin)
-    return AttackedSource(source, accuracy(TorchRuntime(source.model), on.images, on.labels), adversarial, checks)
+    clean = accuracy(TorchRuntime(source.model), on.images, on.labels)
+    return AttackedSource(source, clean, adversarial, checks, unbounded_on(source, on, seed=seed, progress=progress))
 
 
 def gradients_left(
@@ -127,17 +143,40 @@ def strong_on(
     return kept(path, key, compute=attack, to_json=StrongResult.to_json, from_json=StrongResult.from_json)
 
 
-def weak_sources(attacked: Sequence[AttackedSource], target: Proportion) -> dict[str, str]:
-    """Sources that classify less than half as many images as the target, with the reason not to believe them.
+def unbounded_on(source: Source, on: Attacked, *, seed: int, progress: Progress) -> Measured:
+    """How many of the first images PGD fools with no bound on the change; from the cache where nothing has changed."""
+    images, labels = on.images[:UNBOUNDED_IMAGES], on.labels[:UNBOUNDED_IMAGES]
+    key = content_key(source.model, images, labels, "unbounded", UNBOUNDED.description, seed)
 
-    The self-check looks only at images that a source gets right, so a source that hardly classifies would pass it
-    and make its threat look harmless.
+    def attack() -> Measured:
+        work = len(images) * UNBOUNDED.gradients_per_image
+        with progress.stage(f"unbounded {source.id}", total=work, unit="gradients") as stage:
+            return fooled_without_bound(source.model, images, labels, seed=seed, progress=stage.advance)
+
+    path = on.cache / source.id / "unbounded.json"
+    return kept(path, key, compute=attack, to_json=lambda value: value.to_json(), from_json=measured_from_json)
+
+
+def weak_sources(attacked: Sequence[AttackedSource], target: Proportion) -> dict[str, str]:
+    """Sources that make their threat look harmless, with the reason not to believe them.
+
+    The self-check looks only at images that a source gets right, so a source that hardly classifies (less than half
+    as many as the target) would pass it. So would one whose gradients mislead every attack, weak and strong: with no
+    bound on the change, PGD fools any model whose gradients mean something.
     """
-    return {
-        one.source.id: f"the source {one.source.id} classifies only {one.clean.value:.3f} of {one.clean.n} clean images"
-        for one in attacked
-        if isinstance(one.clean, Proportion) and one.clean.value < 0.5 * target.value
-    }
+    weak: dict[str, str] = {}
+    for one in attacked:
+        clean, free = one.clean, one.unbounded
+        if isinstance(clean, Proportion) and clean.value < 0.5 * target.value:
+            weak[one.source.id] = (
+                f"the source {one.source.id} classifies only {clean.value:.3f} of {clean.n} clean images"
+            )
+        elif isinstance(free, Proportion) and free.value < LEAST_UNBOUNDED:
+            weak[one.source.id] = (
+                f"the gradients of {one.source.id} mislead: with no bound on the change, PGD fools only "
+                f"{free.value:.3f} of {free.n} images"
+            )
+    return weak
 
 
 def self_checks(attacked: Sequence[AttackedSource]) -> list[SelfCheck]:

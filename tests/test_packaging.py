@@ -119,4 +119,4 @@ def test_parity_is_measured_for_every_format_and_once(
     # Other images are another measurement.
     parity_of(baked, package, images[:10], record, more)
     assert list(more.seconds) == ["parity camera-1"]
-    assert json.loads(record.read_text())["parity"]["ONNX fp32"]["n"] == 10
+    assert json.loads(record.read_text())["value"]["ONNX fp32"]["n"] == 10

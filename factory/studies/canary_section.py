@@ -39,11 +39,13 @@ def canary_section(bench: Workbench, arms: Sequence[ArmSettings]) -> Section:
                 verdict = "passed" if canary.verdict else "FAILED"
             rows.append((member.id, canary.name, verdict, canary.sentence))
     failed = sorted({str(row[0]) for row in rows if row[2] == "FAILED"})
-    said = (
-        f"Failed on {', '.join(failed)}: every figure of these models looks better than it is."
-        if failed
-        else "None failed: nothing here says that gradients mislead the attacks."
-    )
+    unseen = sorted({str(row[0]) for row in rows if isinstance(row[2], NotMeasured)})
+    if failed:
+        said = f"Failed on {', '.join(failed)}: every figure of these models looks better than it is."
+    elif unseen:
+        said = f"None failed, but on {', '.join(unseen)} not every sign of gradient masking could be looked for."
+    else:
+        said = "None failed: nothing here says that gradients mislead the attacks."
     table = Table(
         title="Gradient-masking canaries",
         caption=f"The first model of each arm, {IMAGES} images, {Perturbation(Norm.LINF, EPSILON)}.",

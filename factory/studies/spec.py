@@ -6,6 +6,7 @@ images are attacked. The shipped ones are in ``factory/assets/studies``; ``--spe
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,6 +74,11 @@ class Spec(Section):
         names = [arm.name for arm in self.arms]
         if len(set(names)) < len(names):
             raise ValueError("two arms have one name")
+        # Models of one recipe are the same models: under two names, each would be its own attacker.
+        recipes = [(arm.adaptation, arm.block_size, arm.reinitialise_patch_embedding) for arm in self.arms]
+        for first, second in itertools.combinations(range(len(names)), 2):
+            if recipes[first] == recipes[second]:
+                raise ValueError(f"the arms {names[first]} and {names[second]} are one recipe; leave one of them out")
         return self
 
     def arm(self, settings: ArmSettings) -> Arm:

@@ -175,13 +175,15 @@ def _epsilon_section(
 
 def gallery_of(bench: Workbench, spec: WhiteboxSpec, perturbation: Perturbation) -> list[tuple[Pictures, GalleryItem]]:
     """The first images that an attack on the base changes into another class for the base, and what devices say."""
-    on, labels = bench.images(at_most=32), bench.splits.labels
-    made = bench.attack(bench.base_source(), _suite(spec, perturbation), perturbation, bench.images(spec.arms[0]))
+    on, labels = bench.images(spec.arms[0]), bench.splits.labels
+    made = bench.attack(bench.base_source(), _suite(spec, perturbation), perturbation, on)
+    if "pgd" not in made.adversarial.images:
+        return []
+    attacked = made.adversarial.images["pgd"]
     base = TorchRuntime(bench.base_model)
     shown: list[tuple[Pictures, GalleryItem]] = []
     for arm in spec.arms:
         member = bench.members(arm)[0]
-        attacked = made.adversarial.images["pgd"][: len(on.images)]
         by_base, by_target = predict(base, attacked), predict(TorchRuntime(member.baked), attacked)
         fooled = np.flatnonzero((predict(base, on.images) == on.labels) & (by_base != on.labels))[:2]
         for index in fooled:

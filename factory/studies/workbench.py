@@ -74,7 +74,8 @@ class Workbench:
         """Attack a source, or take what was made before."""
         spec = self.spec
         budget = StrongBudget(steps=spec.strong_steps, targets=spec.strong_targets, images=spec.strong_images)
-        identity = (source.id, tuple(attack.description for attack in attacks), perturbation, len(on.images))
+        descriptions = tuple(attack.description for attack in attacks)
+        identity = (source.id, source.targets, descriptions, perturbation, len(on.images))
         if identity not in self._attacked:
             self._attacked[identity] = attack_source(
                 source, attacks, on, perturbation=perturbation, budget=budget, margin=MARGIN, seed=spec.seed,
@@ -166,6 +167,17 @@ def worst_over(threats: Sequence[Threat] | None = None, attack: str | None = Non
         if missing or not chosen:
             return NotMeasured("; ".join(dict.fromkeys(missing)) or "no such attack was run")
         return np.any([judgement.wrong(cell.source, cell.attack) for cell in chosen], axis=0)
+
+    return pick
+
+
+def worst_of(picks: Sequence[Pick]) -> Pick:
+    """The worst case over several picks; not known if one of them is not."""
+
+    def pick(judgement: TargetJudgement) -> np.ndarray | NotMeasured:
+        found = [one(judgement) for one in picks]
+        missing = dict.fromkeys(one.reason for one in found if isinstance(one, NotMeasured))
+        return NotMeasured("; ".join(missing)) if missing else np.any(np.array(found, dtype=bool), axis=0)
 
     return pick
 
