@@ -86,8 +86,16 @@ def _read_npz(path: Path, contract: InputContract, classes: int) -> ForeignFile:
         with zipfile.ZipFile(path) as archive:
             present = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
             if "adversarial" not in present:
-                raise InputError(f"{path} has no array 'adversarial'; write it with numpy.savez(..., adversarial=...).")
-            arrays = {name: _read_array(archive, name, path) for name in _ARRAYS if name in present}
+                found = f", but {', '.join(sorted(present))}" if present else ""
+                raise InputError(
+                    f"{path} has no array 'adversarial'{found}; write it with numpy.savez(..., adversarial=...)."
+                )
+            values = {"labels": 1, "indices": 1}
+            arrays = {
+                name: _read_array(archive, name, path, values.get(name, math.prod(contract.shape)))
+                for name in _ARRAYS
+                if name in present
+            }
     except InputError:
         raise
     except Exception as error:  # damaged, truncated, encrypted: a header alone can make numpy raise nearly anything
@@ -117,8 +125,8 @@ def _read_npz(path: Path, contract: InputContract, classes: int) -> ForeignFile:
     )  # fmt: skip
 
 
-def _read_array(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
-    """One array, checked by its header against its size in the archive before any of it is allocated."""
+def _read_array(archive: zipfile.ZipFile, name: str, path: Path, values: int) -> np.ndarray:
+    """One array, checked by its header before any of it is allocated: so many ``values`` an image, and no more."""
     info = archive.getinfo(f"{name}.npy")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise InputError(f"{path} holds {name!r} in an unusual compression; write it with numpy.savez.")
@@ -137,6 +145,8 @@ def _read_array(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
                 f"{path} holds {name!r} of shape {shape} ({claimed} bytes); give 1 to {LARGEST_COUNT} images of "
                 f"{LARGEST_BYTES} bytes at most."
             )
+        if math.prod(shape[1:]) > values:
+            raise InputError(f"{path} holds {name!r} of shape {shape}, more than {values} values for each image.")
         if info.file_size - member.tell() != claimed:
             raise InputError(
                 f"{path} holds {name!r} as {dtype} of shape {shape} in {info.file_size - member.tell()} bytes, which "

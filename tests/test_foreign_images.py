@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import struct
+import tracemalloc
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -285,6 +286,35 @@ def test_a_header_that_promises_too_much_allocates_nothing(tmp_path: Path) -> No
     refused(
         "no readable .npz", member(tmp_path / "a.npz", b"\x93NUMPY\x01\x00" + struct.pack("<H", 60000) + b" " * 60000)
     )
+
+
+NONSENSE = (
+    "{'descr': (",
+    "{1: 2, 'a': 3, 'b': 4}",
+    "{[]: 1}",
+    "-" * 9000 + "1",
+    "{'descr': (), 'shape': (), 'x': 1}",
+    "\0",
+)
+
+
+@pytest.mark.parametrize("text", NONSENSE)
+def test_a_header_of_nonsense_is_one_sentence(tmp_path: Path, text: str) -> None:
+    content = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
+    refused("no readable .npz", member(tmp_path / "a.npz", content))
+
+
+def test_labels_of_many_values_are_refused_unread(tmp_path: Path) -> None:
+    images = header((4, 1, 6, 6)) + bytes(144)
+    path = member(tmp_path / "a.npz", images)
+    with zipfile.ZipFile(path, "a", compression=zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("labels.npy", header((4, 10**7)) + bytes(4 * 10**7))
+    tracemalloc.start()
+    refused("more than 1 values for each image", path)
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
+    refused("has no array 'adversarial'", member(tmp_path / "b.npz", images, name="adversarial"))
+    refused("but other", member(tmp_path / "c.npz", images, name="other.npy"))
 
 
 def test_a_zip_bomb_is_not_unpacked(tmp_path: Path) -> None:

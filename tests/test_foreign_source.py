@@ -342,3 +342,18 @@ def test_a_module_used_as_a_source_is_at_rest(images: np.ndarray) -> None:
     model = load_source("own_models:small", CONTRACT, LABELS, images).model
     assert not any(module.training for module in model.modules())
     assert all(isinstance(parameter, nn.Parameter) and parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2, 3), (1, 2, 3)])
+def test_a_file_whose_output_is_no_table_of_logits(images: np.ndarray, tmp_path: Path, axes: tuple[int, ...]) -> None:
+    reduced = numpy_helper.from_array(np.array(axes, np.int64), "axes")
+    graph = helper.make_graph(
+        [helper.make_node("ReduceMean", ["picture", "axes"], ["scores"], keepdims=0)], "own",
+        [helper.make_tensor_value_info("picture", TensorProto.FLOAT, ["n", 1, 28, 28])],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, None)], [reduced],
+    )  # fmt: skip
+    path = tmp_path / "own.onnx"
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(InputError, match="a source gives logits"):
+        load_source(str(path), CONTRACT, LABELS, images)

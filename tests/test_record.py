@@ -42,7 +42,7 @@ def test_another_key_replaces_the_record(tmp_path: Path) -> None:
     "damaged",
     [
         "", "{", "[]", "7", "null", '{"key": "a"}', '{"key": "a", "value": 3}', '{"key": "a", "value": {}}',
-        '{"key": "a", "value": []}', '{"value": {"number": 9}}', "\0\xff",
+        '{"key": "a", "value": []}', '{"value": {"number": 9}}', "\0\xff", "[" * 100_000,
     ],
 )  # fmt: skip
 def test_a_damaged_record_or_one_of_another_version_is_replaced(tmp_path: Path, damaged: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,9 +16,17 @@ from device_tests.crafting import AdversarialSet, craft
 from device_tests.evidence import Proportion
 from device_tests.images import from_8bit
 from device_tests.perturbation import Norm, Perturbation
-from device_tests.self_check import StrongBudget, StrongResult, run_strong, self_check, strong_key
+from device_tests.self_check import (
+    StrongBudget,
+    StrongResult,
+    fooled_without_bound,
+    run_strong,
+    self_check,
+    strong_key,
+)
 from device_tests.threats import Source, Threat
 from exporters.measured import NotMeasured
+from factory.verification import AttackedSource, weak_sources
 
 BALL = Perturbation(Norm.LINF, 16 / 255)
 BUDGET = StrongBudget(steps=10, targets=2, images=60)
@@ -201,3 +210,42 @@ def test_the_key_depends_on_everything_that_the_result_does(source: Source) -> N
     keys.add(strong_key(source, images, (labels + 1) % 4, perturbation=BALL, budget=BUDGET, seed=0))
     keys.add(strong_key(train(3), images, labels, perturbation=BALL, budget=BUDGET, seed=0))
     assert len(keys) == 6
+
+
+class Stairs(nn.Module):
+    """Blobs told apart by steps of one level, with a gradient that has nothing to do with them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model(images.detach()) + 1e-6 * images.flatten(1)[:, :4]
+
+
+def test_gradients_that_mislead_every_attack_are_found_out(source: Source) -> None:
+    images, labels = blobs(60)
+    assert fooled_without_bound(source.model, images, labels, seed=0) == Proportion(60, 60)
+    masked = Source("masked", Threat.PUBLIC_BASE, Stairs(source.model), "its gradients mislead")
+    strong = run_strong(masked, images, labels, perturbation=BALL, budget=BUDGET, seed=0)
+    made = craft(masked, [PGD()], images, labels, perturbation=BALL, seed=0)
+    (check,) = self_check(masked, made, labels, strong)
+    assert check.passed  # nothing fools it, weak or strong, so that the comparison alone would believe it
+    unbounded = fooled_without_bound(masked.model, images, labels, seed=0)
+    assert isinstance(unbounded, Proportion)
+    assert unbounded.value < 0.9
+    attacked = AttackedSource(masked, Proportion(60, 60), made, (check,), unbounded)
+    reasons = weak_sources([attacked], Proportion(60, 60))
+    assert "the gradients of masked mislead" in reasons["masked"]
+    assert weak_sources([replace(attacked, unbounded=Proportion(60, 60))], Proportion(60, 60)) == {}
+
+
+def test_without_correct_images_nothing_is_said_about_gradients(source: Source) -> None:
+    images, labels = blobs(8)
+    assert isinstance(fooled_without_bound(source.model, images, (labels + 1) % 4, seed=0), NotMeasured)
+
+
+def test_two_attacks_of_one_name_are_refused(source: Source) -> None:
+    images, labels = blobs(8)
+    with pytest.raises(ValueError, match="two attacks have one name"):
+        craft(source, [PGD(steps=20), PGD(steps=1)], images, labels, perturbation=BALL, seed=0)

@@ -143,6 +143,7 @@ def test_the_shipped_specs_are_read_and_an_unknown_name_is_refused() -> None:
         ("study: table1\narms: [{name: a, models: 1}]\n", "models"),
         ("study: table1\narms: [{name: a}, {name: a}]\n", "two arms have one name"),
         ("study: table1\narms: [{name: ../a}]\n", "an arm's name"),
+        ("study: table1\narms: [{name: a}, {name: b, models: 5}]\n", "the arms a and b are one recipe"),
         ("study: collusion\nperturbation: linf:9\narms: [{name: a}]\n", "perturbation"),
         ("study: collusion\nextra: 1\narms: [{name: a}]\n", "extra"),
     ],

@@ -175,10 +175,20 @@ def test_an_attack_that_broke_leaves_its_threat_and_the_worst_case_unmeasured() 
 
 
 def test_queries_pixels_and_patches_are_believed_without_a_self_check() -> None:
-    asked = made("camera-01", Threat.QUERIES, square=moved(0, 1, 2))
+    asked = replace(made("camera-01", Threat.QUERIES, square=moved(0, 1, 2)), differentiable=False)
     judged = judge(TARGET, "camera-01", CLEAN, LABELS, [asked], [], required=())
     assert [(cell.threat, cell.fooled) for cell in judged.cells] == [(Threat.QUERIES, Proportion(3, 8))]
     assert isinstance(judged.worst_case, NotMeasured)  # queries are stated, never counted
     painted = AdversarialSet("base", Threat.PUBLIC_BASE, Perturbation(Norm.L0, 4), {"rs": moved(5)})
     judged = judge(TARGET, "camera-01", CLEAN, LABELS, [painted], [], required=())
+    assert judged.worst_case == Proportion(1, 8)
+
+
+def test_answers_alone_never_stand_for_a_required_threat() -> None:
+    """A file that gives no gradients is asked, by a weak attack that nothing vouches for."""
+    idle = AdversarialSet("own.file", Threat.PUBLIC_BASE, WIDE, {"square": CLEAN}, differentiable=False)
+    judged = judge(TARGET, "camera-01", CLEAN, LABELS, [idle], [], required=(Threat.PUBLIC_BASE,))
+    assert judged.worst_case == NotMeasured("no attack of threat T0 had gradients")
+    beside = [idle, made("base", Threat.PUBLIC_BASE, pgd=moved(0))]
+    judged = judge(TARGET, "camera-01", CLEAN, LABELS, beside, [check("base")], required=(Threat.PUBLIC_BASE,))
     assert judged.worst_case == Proportion(1, 8)
