@@ -62,6 +62,8 @@ def read_foreign(path: Path, contract: InputContract, labels: Sequence[str]) -> 
     """
     if path.is_dir():
         return _read_folder(path, contract, labels)
+    if not path.exists():
+        raise InputError(f"{path} does not exist; give an .npz file or a folder of PNG files.")
     if path.suffix.lower() != ".npz":
         raise InputError(f"{path} is neither an .npz file nor a folder of PNG files; give one of the two.")
     return _read_npz(path, contract, len(labels))

@@ -67,6 +67,11 @@ def pair(
         own = None if file.clean is not None else _own_places(file)
         pool = clean if own is None else test_images
         _refuse(file.where, adversarial, clean, outside, pool, own, perturbation)
+    unchanged = int((adversarial == clean).all(axis=(1, 2, 3)).sum())
+    if unchanged == len(clean):
+        raise InputError(f"Every adversarial image of {file.where} equals its clean image; give the attacked ones.")
+    if unchanged:
+        notes.append(f"{unchanged} of the {len(clean)} adversarial images equal their clean images: no attack on them.")
     return ForeignPairs(clean, labels, adversarial, perturbation, tuple(notes))
 
 
@@ -77,7 +82,7 @@ def check_enough(images: int, risks: Risks) -> None:
         raise InputError(
             f"{images} adversarial images are too few: to tell a fooling rate of {risks.p0:g} from {risks.p1:g} at "
             f"risks of {risks.alpha:g} and {risks.beta:g} takes {needed} that a device gets right when clean; give "
-            "more images, or a fleet with wider risks."
+            "more images (the risks of a fleet are fixed when it is made)."
         )
 
 
@@ -219,8 +224,8 @@ def _refuse(
     largest = int(np.flatnonzero(outside)[distances.argmax()])
     raise InputError(
         f"{int(outside.sum())} of {len(clean)} adversarial images of {where} lie outside {perturbation}: the farthest "
-        f"is image {largest}, by {_as_text(distances.max(), perturbation.norm)}; give images inside the set, or the "
-        "perturbation that they were made for."
+        f"is image {largest}, by {_as_text(distances.max(), perturbation.norm)}; give images inside the "
+        "set."
     )
 
 

@@ -88,7 +88,7 @@ class FleetFolder:
                 )
             before = stored.model_dump(mode="json", exclude=set(_MAY_CHANGE))
             now = settings.model_dump(mode="json", exclude=set(_MAY_CHANGE))
-            for name, old, new in _differences(before, now):
+            for name, old, new in differences(before, now):
                 raise InputError(
                     f"{self.root} was made with {name} = {old!r}, now it is {new!r}; choose another --out, or go on "
                     "with the settings in its fleet.toml."
@@ -161,10 +161,11 @@ def _toml_value(value: Any) -> str:
     return repr(value)
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted name, old and new value of every setting that differs."""
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, f"{prefix}{name}.")
+            yield from differences(old, new, f"{prefix}{name}.")
         elif old != new:
             yield f"{prefix}{name}", old, new

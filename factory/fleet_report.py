@@ -132,7 +132,7 @@ def _target(fleet: Fleet, verdict: Verdict, base_clean: Proportion) -> TargetRep
         id=verdict.candidate.name,
         role="control" if control else "device",
         generation=verdict.candidate.generation,
-        recipe=f"{keyed}, {adaptation}, {recipe.training.epochs} epochs",
+        recipe=f"{keyed}, {adaptation}, {recipe.training.epochs} epoch{'' if recipe.training.epochs == 1 else 's'}",
         trainable_parameters=verdict.candidate.model.trainable_parameters,
         clean=verdict.clean,
         accuracy_drop=accuracy_drop(base_clean, verdict.clean),

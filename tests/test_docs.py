@@ -24,6 +24,15 @@ from exporters.manifest import Manifest
 from exporters.package_rules import SIGNATURE_CONTEXT
 from exporters.parity import COREML_FP16, COREML_FP32, ONNX_FP32
 from factory.settings import FleetSettings, parse
+from factory.studies.spec import (
+    ArmSettings,
+    CollusionSpec,
+    LocalizedSpec,
+    Spec,
+    Table1Spec,
+    WhiteboxSpec,
+    read_spec,
+)
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -107,6 +116,34 @@ def test_the_fleet_files_in_the_documents_are_read_and_are_equal() -> None:
     settings = parse(FleetSettings, tomllib.loads(toml), "the document")
     assert settings == parse(FleetSettings, yaml.safe_load(yaml_text), "the document")
     assert settings != FleetSettings()
+
+
+# Studies
+
+NESTED = ("data", "base", "lora_training", "full_training", "arms")
+
+
+@pytest.mark.parametrize(
+    ("heading", "model"),
+    [
+        ("Settings of every study", Spec), ("An arm", ArmSettings), ("`table1`", Table1Spec),
+        ("`collusion`", CollusionSpec), ("`whitebox`", WhiteboxSpec), ("`localized`", LocalizedSpec),
+    ],
+)  # fmt: skip
+def test_the_tables_of_a_spec_are_those_of_the_code(heading: str, model: type[BaseModel]) -> None:
+    shared = {} if model in (Spec, ArmSettings) else Spec.model_fields
+    fields = {name: field for name, field in model.model_fields.items() if name not in (*NESTED, *shared, "study")}
+    actual = [[f"`{name}`", "needed" if field.is_required() else default_of(field)] for name, field in fields.items()]
+    written = [row[:2] for row in table("docs/studies.md", heading) if row[0] != "`study`"]
+    assert written == actual
+    assert all(len(row) == 3 and row[2] for row in table("docs/studies.md", heading))
+
+
+def test_the_spec_in_the_document_is_read(tmp_path: Path) -> None:
+    (toml,) = code_blocks("docs/studies.md", "toml")
+    (tmp_path / "spec.toml").write_text(toml)
+    spec = read_spec("mine", tmp_path / "spec.toml")
+    assert [(arm.name, arm.block_size) for arm in spec.arms] == [("keyed", 7), ("un-keyed", None)]
 
 
 # Formats

@@ -177,7 +177,13 @@ def control_verdict(document: ReportDocument) -> str:
         verdict = f"The un-keyed control ({_listed(by_attacks)}) is rejected because of the attacks, as it should be"
         if any(device.decision.released for device in document.devices):
             return f"{verdict}: a model without a key does not pass what the released devices passed."
-        return f"{verdict}; but no device is released either, so no difference between the two was seen."
+        withstood = [device for device in document.devices if device.decision.test and device.decision.test.passed]
+        if withstood:
+            return (
+                f"{verdict}: it fails the acceptance test that {_listed(withstood)} passed. No device is released, for "
+                "other reasons."
+            )
+        return f"{verdict}; but no device withstands them either, so no difference between the two was seen."
     return (
         "The un-keyed control is rejected, but not because of the attacks: that does not show that the rule tells "
         "a keyed device from an un-keyed one."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,16 +22,15 @@ def verify_adversarial(fleet: Fleet, path: Path, *, json_output: bool) -> None:
 
     The packages are judged as they lie there, by onnxruntime; nothing in the fleet's folder is changed.
     """
-    from rich.console import Console
+    from factory.cli.console import print_table
 
     judgement = judge_adversarial(fleet, path)
     if json_output:
         typer.echo(json.dumps(judgement.to_json()))
         return
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(adversarial_table(judgement))
+    print_table(adversarial_table(judgement))
     for note in remarks(judgement):
-        console.print(note, highlight=False)
+        typer.echo(note)
 
 
 def judge_adversarial(fleet: Fleet, path: Path) -> ForeignJudgement:
@@ -75,7 +73,13 @@ def adversarial_table(judgement: ForeignJudgement) -> Table:
     from rich.table import Table
 
     table = Table(title=f"{judgement.where}: {judgement.images} adversarial images within {judgement.perturbation}")
-    for column in ("model", "clean accuracy", "fooled", "most fooled class", "the release rule's limit"):
+    for column in (
+        "model",
+        "clean accuracy on these",
+        "fooled",
+        "most fooled class",
+        "beside the rule's limit",
+    ):
         table.add_column(column)
     for result in judgement.devices:
         table.add_row(*_row(result))

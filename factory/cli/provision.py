@@ -13,7 +13,7 @@ import typer
 from factory.cli.options import DEFAULT_OUT, Json, Out, PassphraseFile, Quiet, merged
 
 if TYPE_CHECKING:
-    from factory.fleet import Findings
+    from factory.fleet import Findings, Verdict
 
 
 def provision_command(
@@ -53,8 +53,8 @@ def provision_command(
       keyfoundry provision --data '' --data-root ../shared/data/cifar10 --base cifar.safetensors --out cifar
       keyfoundry provision --config fleet.toml --json
     """
-    from rich.console import Console
 
+    from factory.cli.console import print_table
     from factory.fleet_folder import FleetFolder
     from factory.pipeline import open_fleet, provision
     from factory.progress import Progress
@@ -80,7 +80,7 @@ def provision_command(
     if json_output:
         typer.echo((out / "report.json").read_text())
     else:
-        Console(width=None if sys.stdout.isatty() else 140).print(fleet_table(findings))
+        print_table(fleet_table(findings))
         typer.echo(f"Report: {out / 'report.html'}   Public key: {folder.public_key}")
 
 
@@ -115,9 +115,14 @@ def fleet_table(findings: Findings) -> Any:
             *(_figure(results[threat]) if threat in results else "–" for threat in counted),
             _figure(verdict.judgement.worst_case),
             f"would be {decision}" if control else decision,
-            "–" if control else os.path.relpath(verdict.candidate.package),
+            "–" if control else _signed(verdict),
         )
     return table
+
+
+def _signed(verdict: Verdict) -> str:
+    path = os.path.relpath(verdict.candidate.package)
+    return path if verdict.decision.released else f"{path}\n(not signed)"
 
 
 def _figure(value: Any) -> str:

@@ -10,7 +10,7 @@ import contextlib
 import json
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,21 +25,29 @@ Devices = Annotated[list[str] | None, typer.Argument(help="Device ids; default: 
 
 
 @contextlib.contextmanager
-def existing_fleet(out: Path, passphrase_file: Path | None, quiet: bool, budget: str | None = None) -> Iterator[Fleet]:
-    """Hold and open the fleet in ``out`` with the settings it was made with; ``budget`` replaces its verification."""
-    from factory.fleet_folder import FleetFolder
+def existing_fleet(
+    out: Path, passphrase_file: Path | None, quiet: bool, verification: Mapping[str, object] | None = None
+) -> Iterator[Fleet]:
+    """Hold and open the fleet in ``out`` with the settings it was made with.
+
+    ``verification``: settings to change; a ``budget`` replaces all of them but ε. What changes is said.
+    """
+    from factory.fleet_folder import FleetFolder, differences
     from factory.pipeline import open_fleet
     from factory.progress import Progress
     from factory.settings import FleetSettings, parse
 
-    folder = FleetFolder(out)
-    settings = folder.stored_settings()
-    if budget is not None:
-        kept = settings.verification.model_dump(include={"epsilon"})
-        values = settings.model_dump(mode="json") | {"verification": kept | {"budget": budget}}
+    folder, progress = FleetFolder(out), Progress(quiet=quiet)
+    settings = stored = folder.stored_settings()
+    given = {name: value for name, value in (verification or {}).items() if value is not None}
+    if given:
+        kept = settings.verification.model_dump(mode="json", include={"epsilon"} if "budget" in given else None)
+        values = settings.model_dump(mode="json") | {"verification": kept | given}
         settings = parse(FleetSettings, values, "the settings")
+    for name, old, new in differences(stored.model_dump(mode="json"), settings.model_dump(mode="json")):
+        progress.say(f"Changed: {name} = {new!r} (was {old!r}).")
     with folder.locked():
-        yield open_fleet(folder, settings, Progress(quiet=quiet), passphrase_file)
+        yield open_fleet(folder, settings, progress, passphrase_file)
 
 
 def chosen(fleet: Fleet, devices: list[str] | None) -> list[str]:
@@ -111,6 +119,8 @@ def verify_command(
     budget: Annotated[
         str | None, typer.Option(help="How hard the devices are attacked: quick, standard or full; default: as before.")
     ] = None,
+    images: Annotated[int | None, typer.Option(help="Test images that are attacked.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="L∞ budget of the attacks, in [0, 1].")] = None,
     source: Annotated[
         list[str] | None,
         typer.Option(
@@ -135,17 +145,19 @@ def verify_command(
     \b
     Examples:
       keyfoundry verify --out fleet --json
-      keyfoundry verify --out fleet --budget standard
+      keyfoundry verify --out fleet --budget standard --images 500
       keyfoundry verify --out fleet --clean-images clean.npz
       keyfoundry verify --out fleet --adversarial attacked.npz
     """
-    from rich.console import Console
-
     from factory.cli.adversarial import verify_adversarial, write_clean_images
+    from factory.cli.console import print_table
     from factory.cli.provision import fleet_table
     from factory.pipeline import provision
 
-    with existing_fleet(out, passphrase_file, quiet, budget) as fleet:
+    if adversarial is not None and (budget, images, epsilon) != (None, None, None):
+        raise typer.BadParameter("goes without --budget, --images and --epsilon", param_hint="--adversarial")
+    given = {"budget": budget, "images": images, "epsilon": epsilon}
+    with existing_fleet(out, passphrase_file, quiet, given) as fleet:
         if clean_images is not None:
             write_clean_images(fleet, clean_images)
             typer.echo(f"{clean_images}: the images that this fleet's attacks use.")
@@ -157,7 +169,7 @@ def verify_command(
     if json_output:
         typer.echo((out / "report.json").read_text())
     else:
-        Console(width=None if sys.stdout.isatty() else 140).print(fleet_table(findings))
+        print_table(fleet_table(findings))
 
 
 def report_command(out: Out = DEFAULT_OUT, json_output: Json = False) -> None:

@@ -26,18 +26,23 @@ def study_command(
     """Run a study: train what is missing, attack, judge, and write Markdown, JSON, HTML and figures.
 
     An interrupted study goes on where it stopped. The shipped specs use the embedded base and sample; specs for
-    whole data sets are in docs/results.
+    whole data sets are in docs/results, all settings in docs/studies.md.
 
     \b
     Examples:
       keyfoundry study collusion
       keyfoundry study table1 --spec docs/results/table1-cifar10.toml --out studies/cifar10
     """
-    from factory.progress import Progress
-    from factory.studies.catalogue import run_study
     from factory.studies.spec import read_spec
 
     settings = read_spec(name, spec, {"images": images, "seed": seed})
+    models = ", ".join(f"{arm.models} × {arm.name}" for arm in settings.arms)
+    if not quiet:
+        typer.echo(f"Study {name} in {out}: {models}; what is there is kept.", err=True)
+    # After that line, because torch takes its time to load.
+    from factory.progress import Progress
+    from factory.studies.catalogue import run_study
+
     command = shlex.join(["keyfoundry", *sys.argv[1:]])
     document = run_study(settings, name, out, Progress(quiet=quiet), command)
     if json_output:

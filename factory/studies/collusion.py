@@ -77,7 +77,7 @@ def collusion(bench: Workbench, spec: CollusionSpec, command: str) -> StudyDocum
     )  # fmt: skip
     table = Table(
         title="The same in numbers", caption="T0 is the public base alone.",
-        columns=("arm", "T0", *(f"{k} devices" for k in spec.colluding)),
+        columns=("arm", "T0", *(f"{k} device{'' if k == 1 else 's'}" for k in spec.colluding)),
         rows=tuple((line.arm.name, cell(line.base), *(cell(line.rate(k)) for k in spec.colluding)) for line in lines),
     )  # fmt: skip
     sections = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,6 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_
 
 from device_tests.perturbation import Perturbation
 from factory.settings import BaseSettings, DataSettings, RecipeSettings, Section, TrainingSettings, read_fleet_file
-from factory.studies.zoo import Arm
 from keys.errors import InputError
 
 _SHIPPED = Path(__file__).parent.parent / "assets" / "studies"
@@ -37,6 +37,15 @@ def _arm_name(text: str) -> str:
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,40}", text):
         raise ValueError("an arm's name is of a-z, 0-9 and '-'")
     return text
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One recipe of a study. ``name``: letters, digits and hyphens; ``keyed``: False for the controls."""
+
+    name: str
+    recipe: RecipeSettings
+    keyed: bool
 
 
 class ArmSettings(Section):

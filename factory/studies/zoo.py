@@ -19,17 +19,8 @@ from factory.device_model import DeviceModel, make_device_model
 from factory.folding import bake
 from factory.progress import Progress
 from factory.seeds import derive_seed
-from factory.settings import RecipeSettings
+from factory.studies.spec import Arm
 from keys.derive import fixed_guess
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One recipe of a study. ``name``: letters, digits and hyphens; ``keyed``: False for the controls."""
-
-    name: str
-    recipe: RecipeSettings
-    keyed: bool
 
 
 @dataclass(frozen=True, eq=False)
