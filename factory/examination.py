@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import nn
 
+from device_tests.accuracy import accuracy
 from device_tests.attacks.square import Square
 from device_tests.canaries import Canaries, canary_cost, run_canaries
 from device_tests.crafting import content_key
@@ -26,7 +27,15 @@ from factory.fleet import Candidate, Examination, Fleet, Queried
 from factory.packaging import ONNX_NAME, open_formats
 from factory.queries import asked_target, bypass_source, query_attacks
 from factory.record import kept
-from factory.verification import Attacked, AttackedSource, attack_source, attacks_of, strong_budget
+from factory.verification import (
+    Attacked,
+    AttackedSource,
+    attack_source,
+    attacks_of,
+    self_checks,
+    strong_budget,
+    weak_sources,
+)
 from keys.files import sha256_file
 
 
@@ -69,7 +78,11 @@ def query(fleet: Fleet, candidate: Candidate, base: nn.Module, on: Attacked) -> 
         for source, attacks in sources
     ]  # fmt: skip
     sets = [one.adversarial for one in made]
-    return Queried(judge(runtime, candidate.name, few.images, few.labels, sets, [], required=()), tuple(made))
+    weak = weak_sources(made, accuracy(runtime, few.images, few.labels))
+    judgement = judge(
+        runtime, candidate.name, few.images, few.labels, sets, self_checks(made), required=(), weak=weak
+    )  # fmt: skip
+    return Queried(judgement, tuple(made))
 
 
 def formats_under_attack(

@@ -99,6 +99,17 @@ def test_verify_takes_another_budget_and_says_what_was_run(fleet_copy: Path, key
     refused = keyfoundry("verify", "--out", fleet_copy, "--budget", "huge")
     assert refused.code == 3
     assert refused.err.count("\n") == 1
+    refused = keyfoundry("verify", "--out", fleet_copy, "--adversarial", "attacked.npz", "--epsilon", "0.1")
+    assert refused.code == 2
+    done = keyfoundry("verify", "--out", fleet_copy, "--images", "90")
+    assert done.code == 0, done.err
+    assert "Changed: verification.images = 90 (was 100)." in done.err
+    assert done.err.count("Changed: ") == 1
+    assert ReportDocument.model_validate_json((fleet_copy / "report.json").read_bytes()).verification.images == 90
+    # No line of the table is cropped: each ends with its frame.
+    rows = [line for line in done.out.splitlines() if line.startswith(("│", "├", "┃"))]
+    assert len({len(row) for row in rows}) == 1
+    assert any(str(Path("devices") / "device-1" / "package") in row for row in rows)
 
 
 def test_images_go_out_and_attacked_ones_come_in(

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from device_tests.attacks.pgd import PGD
 from device_tests.crafting import craft
@@ -37,6 +36,7 @@ from factory.cli.adversarial import (
     verify_adversarial,
     write_clean_images,
 )
+from factory.cli.console import print_table
 from factory.cli.stages import existing_fleet
 from factory.fleet import Fleet
 from keys.errors import InputError, PackageError
@@ -234,6 +234,14 @@ def test_images_outside_the_set_are_counted_and_the_farthest_is_named(tmp_path: 
     refused("30 of 30 .* L∞ 9/255", saved(tmp_path / "e.npz", adversarial=floats))
 
 
+def test_unchanged_images_are_no_attack(tmp_path: Path) -> None:
+    refused("Every adversarial image of .* equals its clean image", saved(tmp_path / "a.npz", adversarial=CLEAN))
+    some = ADVERSARIAL.copy()
+    some[:3] = CLEAN[:3]
+    found = pairs_of(saved(tmp_path / "b.npz", adversarial=some))
+    assert "3 of the 30 adversarial images equal their clean images: no attack on them." in found.notes
+
+
 def test_another_order_is_found_and_the_first_image_is_named(tmp_path: Path) -> None:
     order = np.arange(30)
     order[[5, 11, 20]] = [11, 20, 5]
@@ -345,7 +353,8 @@ def test_files_that_are_damaged_missing_or_of_another_kind(tmp_path: Path) -> No
         (tmp_path / "b.npz").write_bytes(content)
         refused("no readable .npz", tmp_path / "b.npz")
     refused("unusual compression", member(tmp_path / "c.npz", header((1, 1, 6, 6)), compression=zipfile.ZIP_LZMA))
-    refused("no readable .npz", tmp_path / "none.npz")
+    refused("none.npz does not exist", tmp_path / "none.npz")
+    (tmp_path / "images.pt").touch()
     refused("neither an .npz file nor a folder", tmp_path / "images.pt")
 
 
@@ -489,9 +498,8 @@ def test_the_table_and_the_json_show_every_device(
     judgement = ForeignJudgement.from_json(json.loads(capsys.readouterr().out))
     verify_adversarial(fleet, attacked, json_output=False)
     out = capsys.readouterr().out
-    stream = io.StringIO()
-    Console(file=stream, width=140).print(adversarial_table(judgement))
-    assert stream.getvalue().strip() in out
+    print_table(adversarial_table(judgement))
+    assert capsys.readouterr().out.strip() in out
     assert " ".join(" ".join(remarks(judgement)).split()) in " ".join(out.split())
     for text in (
         "device-1",

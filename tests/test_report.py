@@ -349,7 +349,10 @@ def test_the_summary_names_who_was_released_and_what_the_control_says(document: 
         return control_verdict(document.model_copy(update={"targets": targets}))
 
     assert "No un-keyed control" in verdict(device)
-    assert "no device is released either" in verdict(device, control)
+    assert "no device withstands them either" in verdict(device, control)
+    withstood = document.targets[0].decision.model_copy(update={"released": False})
+    other = verdict(device.model_copy(update={"decision": withstood}), control)
+    assert f"fails the acceptance test that {device.id} passed. No device is released, for other reasons." in other
     released = control.model_copy(update={"decision": document.targets[0].decision})
     assert "could not tell a keyed device from an un-keyed one" in verdict(device, released)
     untested = control.model_copy(update={"decision": control.decision.model_copy(update={"test": None})})
