@@ -290,7 +290,13 @@ def tiny_run(
     return folder, Finished(process.returncode, out, err)
 
 
-def create_vault_with_fixed_secrets(root: Path) -> None:
+@pytest.fixture(scope="session")
+def with_fixed_secrets() -> Callable[[Path], Path]:
+    """Give a new fleet's folder the same secrets in every run: what half-trained models do depends on their keys."""
+    return create_vault_with_fixed_secrets
+
+
+def create_vault_with_fixed_secrets(root: Path) -> Path:
     """The vault and the passphrase of a new fleet, as the first command would make them but for their randomness."""
     from factory.fleet_folder import FleetFolder
 
@@ -300,6 +306,7 @@ def create_vault_with_fixed_secrets(root: Path) -> None:
         patch.setattr(secrets, "token_hex", lambda size: drawn.randbytes(size).hex())
         patch.delenv("KEYFOUNDRY_PASSPHRASE", raising=False)
         FleetFolder(root).open_vault()
+    return root
 
 
 @pytest.fixture(scope="session")
