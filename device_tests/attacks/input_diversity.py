@@ -38,7 +38,7 @@ class InputDiversity(MomentumFGSM):
     _TITLE: ClassVar[str] = "MI-DI-FGSM"
 
     def _details(self) -> tuple[str, ...]:
-        return (f"{self.share:g} of the images resized to {self.smallest:g} … 1 and padded",)
+        return (f"{self.share:.0%} of the images resized to {self.smallest:g} … 1 and padded",)
 
     def _gradient(self, model: nn.Module, epsilon: float, generator: torch.Generator) -> Gradient:
         def transform(x: torch.Tensor) -> torch.Tensor:
