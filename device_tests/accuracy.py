@@ -5,6 +5,8 @@ Rules: images are 8-bit; an image whose logits are not all finite has no predict
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from device_tests.evidence import Proportion
@@ -21,10 +23,7 @@ CHUNK = 256
 
 def logits_of(runtime: Runtime, images: np.ndarray) -> np.ndarray:
     """Return the logits, float N×K, of uint8 images N×C×H×W. Raises :class:`InputError` if there are no images."""
-    if len(images) == 0:
-        raise InputError("There are no images to judge; give a test set with at least one image.")
-    chunks = range(0, len(images), CHUNK)
-    return np.concatenate([runtime.logits(from_8bit(images[start : start + CHUNK])) for start in chunks])
+    return np.concatenate(list(_in_chunks(runtime, images)))
 
 
 def top_class(logits: np.ndarray) -> np.ndarray:
@@ -38,7 +37,14 @@ def predict(runtime: Runtime, images: np.ndarray) -> np.ndarray:
     It is ``NO_PREDICTION`` where a logit is NaN or infinite.
     Raises :class:`InputError` if there are no images.
     """
-    return top_class(logits_of(runtime, images))
+    return np.concatenate([top_class(logits) for logits in _in_chunks(runtime, images)])
+
+
+def _in_chunks(runtime: Runtime, images: np.ndarray) -> Iterator[np.ndarray]:
+    if len(images) == 0:
+        raise InputError("There are no images to judge; give a test set with at least one image.")
+    for start in range(0, len(images), CHUNK):
+        yield runtime.logits(from_8bit(images[start : start + CHUNK]))
 
 
 def accuracy(runtime: Runtime, images: np.ndarray, labels: np.ndarray) -> Proportion:

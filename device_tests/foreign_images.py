@@ -92,9 +92,9 @@ def _read_npz(path: Path, contract: InputContract, classes: int) -> ForeignFile:
                 raise InputError(
                     f"{path} has no array 'adversarial'{found}; write it with numpy.savez(..., adversarial=...)."
                 )
-            values = {"labels": 1, "indices": 1}
+            single = {"labels": 1, "indices": 1}
             arrays = {
-                name: _read_array(archive, name, path, values.get(name, math.prod(contract.shape)))
+                name: _read_array(archive, name, path, single.get(name, math.prod(contract.shape)))
                 for name in _ARRAYS
                 if name in present
             }

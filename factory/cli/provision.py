@@ -53,7 +53,6 @@ def provision_command(
       keyfoundry provision --data '' --data-root ../shared/data/cifar10 --base cifar.safetensors --out cifar
       keyfoundry provision --config fleet.toml --json
     """
-
     from factory.cli.console import print_table
     from factory.fleet_folder import FleetFolder
     from factory.pipeline import open_fleet, provision

@@ -175,9 +175,8 @@ def worst_of(picks: Sequence[Pick]) -> Pick:
     """The worst case over several picks; not known if one of them is not."""
 
     def pick(judgement: TargetJudgement) -> np.ndarray | NotMeasured:
-        found = [one(judgement) for one in picks]
-        missing = dict.fromkeys(one.reason for one in found if isinstance(one, NotMeasured))
-        return NotMeasured("; ".join(missing)) if missing else np.any(np.array(found, dtype=bool), axis=0)
+        found = _stacked([one(judgement) for one in picks])
+        return found if isinstance(found, NotMeasured) else np.any(found, axis=0)
 
     return pick
 
@@ -220,7 +219,10 @@ def advantage(
 
 def outcomes(judgements: Sequence[TargetJudgement], pick: Pick) -> np.ndarray | NotMeasured:
     """``pick`` of every judgement, bool D×N; not measured, with all reasons, if one of them is not."""
-    rows = [pick(judgement) for judgement in judgements]
+    return _stacked([pick(judgement) for judgement in judgements])
+
+
+def _stacked(rows: Sequence[np.ndarray | NotMeasured]) -> np.ndarray | NotMeasured:
     missing = dict.fromkeys(row.reason for row in rows if isinstance(row, NotMeasured))
     return NotMeasured("; ".join(missing)) if missing else np.array(rows, dtype=bool)
 
