@@ -17,7 +17,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Never, TypeVar
 
@@ -25,7 +25,7 @@ from exporters.contract import InputContract
 from keys.errors import InputError, PackageError
 from keys.identifiers import check_device_id
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST_NAME = "manifest.json"
 SIGNATURE_NAME = "manifest.sig"
 
@@ -63,9 +63,39 @@ class FileDigest:
 
 
 @dataclass(frozen=True)
+class FormatEntry:
+    """One exported form of the model: ``path`` is a file or a folder of the package; ``settings`` is plain JSON.
+
+    ``runtime`` and ``precision`` are as in :mod:`exporters.formats`; ``settings`` says the rest, such as the opset.
+    """
+
+    path: str
+    runtime: str
+    precision: str
+    settings: Mapping[str, object]
+
+    def to_json(self) -> dict[str, object]:
+        """Plain JSON types."""
+        return {**vars(self), "settings": dict(self.settings)}
+
+
+# What a package of schema 1 holds without saying it.
+_FORMATS_OF_SCHEMA_1 = {
+    "onnx-fp32": FormatEntry("model.onnx", "onnxruntime", "fp32", {}),
+    "coreml-fp16": FormatEntry("model.mlpackage", "coreml", "fp16", {}),
+    "coreml-fp32": FormatEntry("model-fp32.mlpackage", "coreml", "fp32", {}),
+}
+_NEW_IN_SCHEMA_2 = ("formats", "kind", "requires")
+KINDS = ("model", "base", "adapter")
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything a package says about itself; it holds no key material.
 
+    ``kind`` is "model" (runs by itself), "base" (runs, too, and adapters can be put on it) or "adapter" (runs on the
+    base package whose manifest has the SHA-256 ``requires``, which is None for the other kinds); ``formats`` maps the
+    name of each exported form to what it is.
     ``generation`` counts from 1; ``base_digest`` and ``adapter_digest`` are SHA-256 in hex; ``labels`` names
     the classes in the order of the logits; ``files`` maps each file's relative POSIX path to its digest;
     ``recipe`` and ``evidence`` are JSON objects that the factory gives their meaning; ``created`` is UTC,
@@ -84,6 +114,9 @@ class Manifest:
     evidence: Mapping[str, object]
     created: str
     tools: Mapping[str, str]
+    formats: Mapping[str, FormatEntry] = field(default_factory=dict)
+    kind: str = "model"
+    requires: str | None = None
 
     def to_json(self) -> dict[str, object]:
         """Plain JSON types, with the schema's number."""
@@ -101,6 +134,9 @@ class Manifest:
             "evidence": dict(self.evidence),
             "created": self.created,
             "tools": dict(self.tools),
+            "formats": {name: entry.to_json() for name, entry in self.formats.items()},
+            "kind": self.kind,
+            "requires": self.requires,
         }
 
     def to_bytes(self) -> bytes:
@@ -127,12 +163,19 @@ def parse_manifest(data: bytes) -> Manifest:
     document = _load_json(data)
     if not isinstance(document, dict):
         _refuse(f"must be a JSON object, not {_kind(document)}")
-    _check_schema(document)
-    known = [field.name for field in fields(Manifest)]
+    schema = _check_schema(document)
+    known = [field.name for field in fields(Manifest) if schema > 1 or field.name not in _NEW_IN_SCHEMA_2]
     if unknown := sorted(document.keys() - {*known, "schema"}):
         _refuse(f"has the unknown field {shown(unknown[0])}")
     if missing := [name for name in known if name not in document]:
         _refuse(f"lacks the field {shown(missing[0])}")
+    files = _files(document["files"])
+    kind = _text(document.get("kind", "model"), "kind")
+    if kind not in KINDS:
+        _refuse(f"must hold {', '.join(KINDS[:-1])} or {KINDS[-1]} in kind, not {shown(kind)}")
+    requires = document.get("requires")
+    if (requires is not None) != (kind == "adapter"):
+        _refuse("must name the base package in requires for an adapter, and for nothing else")
     return Manifest(
         device_id=_device_id(document["device_id"]),
         generation=_integer(document["generation"], "generation", 1, _MAX_GENERATION),
@@ -142,13 +185,16 @@ def parse_manifest(data: bytes) -> Manifest:
         recipe=_json_object(document["recipe"], "recipe"),
         labels=_labels(document["labels"]),
         input=_contract(document["input"]),
-        files=_files(document["files"]),
+        files=files,
         evidence=_json_object(document["evidence"], "evidence"),
         created=_created(document["created"]),
         tools={
             _text(name, "tools"): _text(version, f"tools[{shown(name)}]")
             for name, version in _json_object(document["tools"], "tools").items()
         },
+        formats=_formats(document["formats"], files) if schema > 1 else _formats_of_schema_1(files),
+        kind=kind,
+        requires=None if requires is None else _digest(requires, "requires"),
     )
 
 
@@ -236,7 +282,7 @@ def _finite(text: str) -> float:
     return value
 
 
-def _check_schema(document: Mapping[str, object]) -> None:
+def _check_schema(document: Mapping[str, object]) -> int:
     schema = document.get("schema")
     if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
         _refuse(f"must name its schema as a whole number from 1, not {shown(schema)}")
@@ -245,6 +291,7 @@ def _check_schema(document: Mapping[str, object]) -> None:
             f"has schema {shown(schema)}, newer than the {SCHEMA} that this program reads",
             remedy="update keyfoundry",
         )
+    return schema
 
 
 def _kind(value: object) -> str:
@@ -357,6 +404,29 @@ def _file(value: object, where: str) -> FileDigest:
     return FileDigest(
         _digest(entry["sha256"], f"{where}.sha256"), _integer(entry["size"], f"{where}.size", 0, _MAX_SIZE)
     )
+
+
+def _formats(value: object, files: Mapping[str, FileDigest]) -> dict[str, FormatEntry]:
+    entries = _json_object(value, "formats")
+    return {_text(name, "formats"): _format(entry, f"formats[{shown(name)}]", files) for name, entry in entries.items()}
+
+
+def _format(value: object, where: str, files: Mapping[str, FileDigest]) -> FormatEntry:
+    entry = _object(value, where)
+    if entry.keys() != {"path", "runtime", "precision", "settings"}:
+        _refuse(f"must hold exactly path, runtime, precision and settings in {where}")
+    path = _text(entry["path"], f"{where}.path")
+    if not any(name == path or name.startswith(f"{path}/") for name in files):
+        _refuse(f"names in {where} the path {shown(path)}, where the package has no file")
+    return FormatEntry(
+        path, _text(entry["runtime"], f"{where}.runtime"), _text(entry["precision"], f"{where}.precision"),
+        _object(entry["settings"], f"{where}.settings"),
+    )  # fmt: skip
+
+
+def _formats_of_schema_1(files: Mapping[str, FileDigest]) -> dict[str, FormatEntry]:
+    present = {name.split("/")[0] for name in files}
+    return {name: entry for name, entry in _FORMATS_OF_SCHEMA_1.items() if entry.path in present}
 
 
 def _created(value: object) -> str:

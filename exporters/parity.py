@@ -41,6 +41,13 @@ COREML_FP32 = ParityLimits("fp32", 1e-3, 1.0)
 # 3e-4 to 3e-3 was measured on 34 kinds of ViT. Images whose two best logits are closer than that may change their
 # class: at most 1 in 200.
 COREML_FP16 = ParityLimits("fp16", 2e-2, 0.995)
+# Weights rounded to float16 once, computed with in float32.
+ONNX_FP16 = ParityLimits("fp16", 1e-2, 0.995)
+# 8 bits keep a weight to 1/254 of the largest of its channel. What such a model may cost is said by its clean accuracy
+# and by attacks on it, which are judged for each quantised format; parity only finds a broken one.
+ONNX_INT8 = ParityLimits("int8", 0.15, 0.97)
+COREML_INT8 = ParityLimits("int8", 0.15, 0.97)
+COREML_PALETTIZED = ParityLimits("palettized", 0.15, 0.97)
 
 
 @dataclass(frozen=True)

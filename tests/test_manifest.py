@@ -17,6 +17,7 @@ from exporters.contract import InputContract
 from exporters.manifest import (
     MAX_MANIFEST_BYTES,
     FileDigest,
+    FormatEntry,
     Manifest,
     file_name_fault,
     name_clash,
@@ -41,9 +42,66 @@ KNOWN = Manifest(
     evidence={"accuracy": None},
     created="2030-01-31T12:00:00Z",
     tools={"onnx": "1.23.2"},
+    formats={"onnx-fp32": FormatEntry("model.onnx", "onnxruntime", "fp32", {"opset": 20})},
 )
 
 KNOWN_BYTES = """\
+{
+  "adapter_digest": "bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb",
+  "base_digest": "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+  "created": "2030-01-31T12:00:00Z",
+  "device_id": "camera-01",
+  "evidence": {
+    "accuracy": null
+  },
+  "files": {
+    "a/b.bin": {
+      "sha256": "dddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddd",
+      "size": 0
+    },
+    "model.onnx": {
+      "sha256": "cccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccc",
+      "size": 7
+    }
+  },
+  "fleet_id": "00112233445566ff",
+  "formats": {
+    "onnx-fp32": {
+      "path": "model.onnx",
+      "precision": "fp32",
+      "runtime": "onnxruntime",
+      "settings": {
+        "opset": 20
+      }
+    }
+  },
+  "generation": 2,
+  "input": {
+    "channels": 3,
+    "height": 32,
+    "resize": "bicubic to 32x32, no crop",
+    "width": 32
+  },
+  "kind": "model",
+  "labels": [
+    "\\u00c4rmel",
+    "boot"
+  ],
+  "recipe": {
+    "dropout": 0.1,
+    "mode": "lora",
+    "rank": 16
+  },
+  "requires": null,
+  "schema": 2,
+  "tools": {
+    "onnx": "1.23.2"
+  }
+}
+"""
+
+# What packages were released with before formats were listed; they open for ever.
+SCHEMA_1_BYTES = """\
 {
   "adapter_digest": "bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb",
   "base_digest": "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
@@ -89,16 +147,27 @@ KNOWN_BYTES = """\
 
 def test_the_canonical_bytes_and_their_digest_are_known() -> None:
     assert KNOWN.to_bytes() == KNOWN_BYTES.encode()
-    digest = "eb8c9aa8ec86fde66f56f0528291909bbfe07aa503345c9197507897b47cbda5"
+    digest = "703129cec63e40ba5c02b2b315cb23032bb5b271ee6a6cbf4405f3f4c50ec89a"
     assert hashlib.sha256(KNOWN.to_bytes()).hexdigest() == digest
+
+
+def test_a_manifest_of_schema_1_is_read_for_ever() -> None:
+    manifest = parse_manifest(SCHEMA_1_BYTES.encode())
+    assert manifest.formats == {"onnx-fp32": FormatEntry("model.onnx", "onnxruntime", "fp32", {})}
+    assert (manifest.kind, manifest.requires) == ("model", None)
+
+
+def test_an_adapter_names_its_base_package() -> None:
+    adapter = dataclasses.replace(KNOWN, kind="adapter", requires="e" * 64)
+    assert parse_manifest(adapter.to_bytes()) == adapter
 
 
 def test_the_signature_of_the_known_manifest_is_known() -> None:
     """Ed25519 is deterministic, so another prefix, another encoding or another key cannot pass unnoticed."""
     signature = SigningKey(bytes(range(32))).sign(signed_message(KNOWN.to_bytes()))
     expected = (
-        "c7939a4cb56bd42aff7d9bf1773c189b075bb8f6d26b56f9e3ed1a5e6c6b6444"
-        "0be845008f5f3b7403ef129412ede371fe975f5d857cf138cb81c72d84667f04"
+        "d278cbd5fcd1a984cb0fb61a02b6c556fbda3bc1adc6a6823a8861adbe72e7a8"
+        "79928c607fa4034fb40d012d9e07844a84ef4c46c8d686d3a99655815fcced06"
     )
     assert signature.hex() == expected
 
@@ -181,13 +250,13 @@ FAULTS: list[tuple[str, Callable[[], bytes], str]] = [
     ("it is a list", lambda: b"[]", "must be a JSON object, not a list"),
     ("it is huge", lambda: b" " * (MAX_MANIFEST_BYTES + 1), "is larger than"),
     ("it is nested without end", lambda: b"[" * 100_000, "is nested deeper"),
-    ("a field is there twice", lambda: KNOWN.to_bytes()[:-3] + b',"schema":1}', "'schema' twice"),
+    ("a field is there twice", lambda: KNOWN.to_bytes()[:-3] + b',"schema":2}', "'schema' twice"),
     ("a field inside is there twice", lambda: KNOWN.to_bytes().replace(b'"rank"', b'"mode"'), "'mode' twice"),
     ("a number is NaN", lambda: KNOWN.to_bytes().replace(b"0.1,", b"NaN,"), "NaN"),
     ("a number is infinite", lambda: KNOWN.to_bytes().replace(b"0.1,", b"-Infinity,"), "-Infinity"),
     ("a number overflows", lambda: KNOWN.to_bytes().replace(b"0.1,", b"1e999,"), "too large"),
     ("a number has too many digits", lambda: KNOWN.to_bytes().replace(b"16", b"1" * 5000), "is not JSON"),
-    ("the schema is newer", _with(schema=2), "newer than the 1 that this program reads; update keyfoundry"),
+    ("the schema is newer", _with(schema=3), "newer than the 2 that this program reads; update keyfoundry"),
     ("the schema is newer and unlike this one", lambda: b'{"schema": 7}', "schema 7, newer"),
     ("the schema is zero", _with(schema=0), "whole number from 1, not 0"),
     ("the schema is text", _with(schema="1"), "whole number from 1, not '1'"),
@@ -212,6 +281,17 @@ FAULTS: list[tuple[str, Callable[[], bytes], str]] = [
     ("there is one label", _with(labels=["bag"]), "names in labels, not 1"),
     ("a label is empty", _with(labels=["bag", ""]), "characters in labels.1., not 0"),
     ("a label is a number", _with(labels=["bag", 1]), "text in labels.1., not a number"),
+    ("the kind is unknown", _with(kind="model2"), "model, base or adapter in kind"),
+    ("an adapter names no base", _with(kind="adapter"), "must name the base package in requires"),
+    ("a model names a base", _with(requires="e" * 64), "must name the base package in requires"),
+    ("a format is text", _with(formats={"a": "b"}), "an object in formats"),
+    ("a format lacks a field", _with(formats={"a": {"path": "model.onnx"}}), "exactly path, runtime, precision"),
+    (
+        "a format names a file that is not there",
+        _with(formats={"a": {"path": "b", "runtime": "x", "precision": "y", "settings": {}}}),
+        "'b', where the package has no file",
+    ),
+    ("fields of schema 2 are in schema 1", _with(schema=1), "unknown field 'formats'"),
     ("the input lacks a field", _with(input={"channels": 1}), "fault in input"),
     ("the input has two channels", _with(input={**KNOWN.input.to_json(), "channels": 2}), "fault in input"),
     ("the input is null", _with(input=None), "an object in input, not null"),

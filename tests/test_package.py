@@ -203,7 +203,7 @@ def test_a_package_is_refused_when(
 
 # What a factory with the right key signed, and what the refusal says about it.
 SIGNED_FAULTS: list[tuple[str, Callable[[dict[str, object]], object], str]] = [
-    ("the schema is newer", lambda m: m.update(schema=2), "newer than the 1 that this program reads; update"),
+    ("the schema is newer", lambda m: m.update(schema=3), "newer than the 2 that this program reads; update"),
     ("a field is unknown", lambda m: m.update(extra=1), "unknown field 'extra'"),
     ("a name climbs out", lambda m: m.update(files={"../x": {"sha256": "a" * 64, "size": 1}}), "climbs out"),
     ("the generation is text", lambda m: m.update(generation="1"), "whole number in generation"),
