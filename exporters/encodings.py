@@ -1,0 +1,104 @@
+"""How a tensor of a model becomes bytes in an exported file: a closed list of functions, named in templates.
+
+Each must give, bit for bit, what the converter gives: templates are proven against a full conversion before they
+are used (:mod:`exporters.template`), and the tests compare each function with the library that it stands for.
+
+>>> weight = np.arange(4, dtype=np.float32).reshape(2, 2)
+>>> bytes(encode("float32 transposed", weight, "w")) == np.array([0, 2, 1, 3], np.float32).tobytes()
+True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from exporters.onnx_file import encoded_varint
+from keys.errors import InputError
+
+_LARGEST_FLOAT16 = float(np.finfo(np.float16).max)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """One way to write a tensor. ``kind``: NumPy's of the tensors it takes, "f" or "i"; ``size``: bytes of one value.
+
+    ``per_row``: whether it gives one value for each row. It takes tensors of ``ranks`` axes.
+    """
+
+    apply: Callable[[np.ndarray], np.ndarray]
+    kind: str
+    size: int
+    per_row: bool = False
+    ranks: range = range(1, 9)
+
+    def length(self, values: np.ndarray) -> int | None:
+        """How many bytes it makes of a tensor of this type and shape, None if it does not take such tensors."""
+        if values.dtype.kind != self.kind or values.ndim not in self.ranks:
+            return None
+        return self.size * (len(values) if self.per_row else values.size)
+
+
+def encode(name: str, values: np.ndarray, tensor: str) -> memoryview:
+    """The bytes of ``values`` (float32 or int64) in the encoding ``name`` of :data:`ENCODINGS`.
+
+    Raises :class:`InputError` that names ``tensor`` if it holds what cannot be written: NaN, infinity, or in float16
+    a number beyond 65504.
+    """
+    if values.dtype.kind == "f" and values.size:
+        largest = max(float(values.max()), -float(values.min()))
+        if not np.isfinite(largest):
+            raise InputError(f"The tensor {tensor} holds NaN or infinite values; train the model again.")
+        if "float16" in name and largest > _LARGEST_FLOAT16:
+            raise InputError(
+                f"The tensor {tensor} holds {largest:g}, more than float16 can ({_LARGEST_FLOAT16:g}); export it in "
+                "fp32."
+            )
+    return memoryview(np.ascontiguousarray(ENCODINGS[name].apply(values)).reshape(-1).view(np.uint8))
+
+
+def _cast(dtype: str) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda values: values.astype(dtype, copy=False)
+
+
+def _transposed(apply: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda values: apply(values).T
+
+
+def _onnx_scales(values: np.ndarray) -> np.ndarray:
+    """onnxruntime's scale of each row: its largest absolute value over 127, computed in float64."""
+    flat = values.reshape(len(values), -1)
+    largest = np.maximum(flat.max(axis=1), -flat.min(axis=1)).astype(np.float64)
+    scales = largest * 2 / 254
+    return np.where(scales < np.finfo(np.float32).tiny, 1.0, scales).astype(np.float32)
+
+
+def _onnx_int8(values: np.ndarray) -> np.ndarray:
+    """onnxruntime's int8 values: value / scale of the row, to the nearest, ties to even."""
+    quantised = values / _onnx_scales(values)[:, np.newaxis]
+    np.rint(quantised, out=quantised)
+    return np.clip(quantised, -128, 127, out=quantised).astype(np.int8)
+
+
+def _message_integers(values: np.ndarray) -> np.ndarray:
+    """Integers as protobuf packs them; the length is the same for every permutation of the same numbers."""
+    return np.frombuffer(b"".join(encoded_varint(int(value)) for value in values.reshape(-1)), np.uint8)
+
+
+_MATRIX = range(2, 3)
+ENCODINGS: dict[str, Encoding] = {
+    "float32": Encoding(_cast("<f4"), "f", 4),
+    "float32 transposed": Encoding(_transposed(_cast("<f4")), "f", 4, ranks=_MATRIX),
+    "float16": Encoding(_cast("<f2"), "f", 2),
+    "float16 transposed": Encoding(_transposed(_cast("<f2")), "f", 2, ranks=_MATRIX),
+    "onnxruntime int8 transposed": Encoding(_transposed(_onnx_int8), "f", 1, ranks=_MATRIX),
+    "onnxruntime int8 scale per row": Encoding(_onnx_scales, "f", 4, per_row=True, ranks=_MATRIX),
+    "int64": Encoding(_cast("<i8"), "i", 8),
+    "int32": Encoding(_cast("<i4"), "i", 4),
+    "int16": Encoding(_cast("<i2"), "i", 2),
+    "uint16": Encoding(_cast("<u2"), "i", 2),
+    "uint8": Encoding(_cast("u1"), "i", 1),
+    "integers of a message": Encoding(_message_integers, "i", 0),
+}
