@@ -5,10 +5,14 @@
   it a classifier for Vision (``predictedFeatureName`` is set), and ``logits`` (float32 1×K), so that parity
   and the golden values are checked on the same quantity as for ONNX, not on the logarithm of a softmax that
   underflows in fp16.
-* Target iOS 16 / macOS 13: the oldest whose ML Programs take every operator of a ViT, so that the most devices
-  can run it; later targets would add nothing but newer versions of the same operators.
+* ``target`` is the oldest system that runs the package: iOS 16 (macOS 13, the default, for the most devices), iOS 17
+  (macOS 14) or iOS 18 (macOS 15), whose programs hold newer versions of the same operators.
+* ``precision`` is fp32, fp16, or fp16 with compressed weights: ``int8`` (one scale per output channel) or
+  ``palettized`` (indices into one table of 64 values per tensor). Only the weights of linear layers, convolutions and
+  products of matrices are compressed, from ``INT8_THRESHOLD`` and ``PALETTE_THRESHOLD`` values on; the rest is float16.
 * The same module gives the same bytes: conversion date, tool versions and random identifiers are taken out (the
-  package's manifest names the tools).
+  package's manifest names the tools). Two modules of one architecture give files of one length that differ only in
+  what is made of their weights (see :mod:`exporters.coreml_passes`).
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import tempfile
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -26,12 +30,22 @@ from torch import nn
 
 from exporters.checks import check_float16_range, check_module
 from exporters.contract import InputContract
+from exporters.coreml_passes import independent_of_values
 from exporters.mil.program import ITEM, MODEL_PATH, WEIGHTS_PATH
 from exporters.quiet import import_coremltools, quiet
 from keys.errors import InputError, StorageError
 from keys.files import folder_being_written
 
-Precision = Literal["fp16", "fp32"]
+Precision = Literal["fp32", "fp16", "int8", "palettized"]
+Target = Literal["iOS16", "iOS17", "iOS18"]
+
+# The most values of a tensor that is left in float16: scales or a table would take up what is saved. For palettes it
+# is also the least that coremltools clusters exactly and by itself (it wants scikit-learn for fewer values).
+INT8_THRESHOLD = 2048
+PALETTE_THRESHOLD = 9_999
+PALETTE_BITS = 6
+# The layers whose weights are compressed; position embeddings and the like are small and are added, not multiplied.
+_COMPRESSED = ("linear", "conv", "matmul")
 
 
 class _Classifier(nn.Module):
@@ -53,22 +67,27 @@ def export_coreml(
     contract: InputContract,
     labels: Sequence[str],
     *,
-    precision: Precision,
+    precision: Precision = "fp16",
+    target: Target = "iOS16",
 ) -> None:
     """Write ``module`` (N×C×H×W in [0, 1] to logits N×K) as the folder ``path``, whole or not at all.
 
-    ``precision`` is that of weights and activations; image, ``logits`` and the last softmax are float32 in both.
-    Raises :class:`InputError` if the module cannot be exported (see :func:`exporters.checks.check_module`),
-    holds a value beyond float16 while ``precision`` is fp16, or uses an operator that coremltools lacks, and
-    ``StorageError`` if the disk is full.
+    ``precision`` is that of weights and activations (activations of the compressed kinds are float16); image,
+    ``logits`` and the last softmax are float32 in all. ``target`` is the oldest system that shall run it.
+    Raises :class:`InputError` if one of the two is unknown, if the module cannot be exported (see
+    :func:`exporters.checks.check_module`), holds a value beyond float16 while ``precision`` is not fp32, or uses an
+    operator that coremltools lacks, and ``StorageError`` if the disk is full.
     """
+    for what, value, known in (("precision", precision, get_args(Precision)), ("target", target, get_args(Target))):
+        if value not in known:
+            raise InputError(f"The Core ML {what} {value!r} is unknown; choose one of {', '.join(known)}.")
     check_module(module, contract, labels)
-    if precision == "fp16":
+    if precision != "fp32":
         check_float16_range(module)
     with folder_being_written(Path(path)) as folder:
         # Converted inside the folder, so that a large model is written once, on the disk where it stays.
         raw = folder / "converted.mlpackage"
-        spec = _convert(module, raw, contract, labels, precision)
+        spec = _convert(module, raw, contract, labels, precision, target)
         _strip_source(spec)
         weights = folder / WEIGHTS_PATH
         weights.parent.mkdir(parents=True)
@@ -79,12 +98,14 @@ def export_coreml(
         (folder / "Manifest.json").write_text(_package_manifest())
 
 
-def _convert(module: nn.Module, raw: Path, contract: InputContract, labels: Sequence[str], precision: Precision) -> Any:
+def _convert(
+    module: nn.Module, raw: Path, contract: InputContract, labels: Sequence[str], precision: Precision, target: Target
+) -> Any:
     """The converted model's specification; its weights are left in the package ``raw``.
 
     Two steps, because coremltools 9 cannot give a classifier a further output while it still holds the
     description of the traced outputs: the first makes the program with both tensors named, the second only
-    adds the classifier to it. All casts are made by the first, so the second runs without them.
+    compresses weights and adds the classifier to it.
     """
     ct = import_coremltools()
     layout = ct.colorlayout.GRAYSCALE if contract.channels == 1 else ct.colorlayout.RGB
@@ -95,23 +116,24 @@ def _convert(module: nn.Module, raw: Path, contract: InputContract, labels: Sequ
         list(labels), predicted_feature_name="classLabel", predicted_probabilities_output="probabilities"
     )
     try:
-        with quiet(), torch.no_grad():
+        with quiet(), independent_of_values(), torch.no_grad():
             traced = torch.jit.trace(_Classifier(module).eval(), torch.zeros(shape), check_trace=False)
             program = ct.convert(
                 traced,
                 convert_to="milinternal",
                 inputs=[image],
                 outputs=outputs,
-                minimum_deployment_target=ct.target.iOS16,
-                compute_precision=_float16(ct) if precision == "fp16" else ct.precision.FLOAT32,
+                minimum_deployment_target=ct.target[target],
+                compute_precision=ct.precision.FLOAT32 if precision == "fp32" else _float16(ct),
             )
             program.functions["main"].output_types = None
             model = ct.convert(
                 program,
                 convert_to="mlprogram",
                 classifier_config=classes,
-                minimum_deployment_target=ct.target.iOS16,
+                minimum_deployment_target=ct.target[target],
                 compute_precision=ct.precision.FLOAT32,
+                pass_pipeline=_compression(ct, precision),
                 skip_model_load=True,
                 package_dir=str(raw),
             )
@@ -133,6 +155,28 @@ def _convert(module: nn.Module, raw: Path, contract: InputContract, labels: Sequ
 def _float16(ct: Any) -> Any:
     """float16 for all but the last softmax: rounded, it would tie classes whose logits differ."""
     return ct.transform.FP16ComputePrecision(op_selector=lambda op: op.outputs[0].name != "probabilities")
+
+
+def _compression(ct: Any, precision: Precision) -> Any:
+    """The passes of the second step: what compresses the weights, and nothing where they are kept."""
+    pipeline = ct.PassPipeline.EMPTY
+    if precision not in ("int8", "palettized"):
+        return pipeline
+    optimize = import_coremltools("coremltools.optimize.coreml")
+    if precision == "int8":
+        name = "compression::linear_quantize_weights"
+        config = optimize.OpLinearQuantizerConfig(
+            mode="linear_symmetric", dtype="int8", granularity="per_channel", weight_threshold=INT8_THRESHOLD
+        )
+    else:
+        name = "compression::palettize_weights"
+        config = optimize.OpPalettizerConfig(
+            mode="kmeans", nbits=PALETTE_BITS, granularity="per_tensor", weight_threshold=PALETTE_THRESHOLD
+        )
+    layers = dict.fromkeys(_COMPRESSED, config)
+    pipeline.append_pass(name)
+    pipeline.set_options(name, {"config": optimize.OptimizationConfig(op_type_configs=layers)})
+    return pipeline
 
 
 def _strip_source(spec: Any) -> None:
