@@ -51,7 +51,7 @@ def encode(name: str, values: np.ndarray, tensor: str) -> memoryview:
         largest = max(float(values.max()), -float(values.min()))
         if not np.isfinite(largest):
             raise InputError(f"The tensor {tensor} holds NaN or infinite values; train the model again.")
-        if "float16" in name and largest > _LARGEST_FLOAT16:
+        if ("float16" in name or "coremltools" in name) and largest > _LARGEST_FLOAT16:
             raise InputError(
                 f"The tensor {tensor} holds {largest:g}, more than float16 can ({_LARGEST_FLOAT16:g}); export it in "
                 "fp32."
@@ -82,6 +82,32 @@ def _onnx_int8(values: np.ndarray) -> np.ndarray:
     return np.clip(quantised, -128, 127, out=quantised).astype(np.int8)
 
 
+def _coreml_float16(values: np.ndarray) -> np.ndarray:
+    """coremltools' float16: as NumPy's, but in tensors of fewer than 400 values none that is not zero becomes zero."""
+    rounded = values.astype(np.float16)
+    if values.size >= 400:
+        return rounded
+    smallest = np.finfo(np.float16).smallest_subnormal
+    lost = (np.abs(values) > np.finfo(np.float32).smallest_subnormal) & (rounded == 0)
+    return np.where(lost, np.where(values > 0, smallest, -smallest), rounded)
+
+
+def _coreml_scales(values: np.ndarray) -> np.ndarray:
+    """coremltools' scale of each row of a float16 weight: twice its largest absolute value over 254, in float16."""
+    flat = values.astype(np.float16).reshape(len(values), -1)
+    largest = np.maximum(np.abs(flat.min(axis=1)), np.abs(flat.max(axis=1)))
+    return (largest + largest) / np.float16(254)
+
+
+def _coreml_int8(values: np.ndarray) -> np.ndarray:
+    """coremltools' int8 values: float16 weight / scale of the row, rounded to float16, then to the nearest integer."""
+    flat = values.astype(np.float16).astype(np.float32).reshape(len(values), -1)
+    scales = _coreml_scales(values).astype(np.float32)[:, np.newaxis]
+    with np.errstate(invalid="ignore"):  # a row of zeros has the scale zero
+        quotient = np.divide(flat, scales, out=flat).astype(np.float16)
+        return np.clip(np.rint(quotient), -127, 127).astype(np.int8)
+
+
 def _message_integers(values: np.ndarray) -> np.ndarray:
     """Integers as protobuf packs them; the length is the same for every permutation of the same numbers."""
     return np.frombuffer(b"".join(encoded_varint(int(value)) for value in values.reshape(-1)), np.uint8)
@@ -95,6 +121,9 @@ ENCODINGS: dict[str, Encoding] = {
     "float16 transposed": Encoding(_transposed(_cast("<f2")), "f", 2, ranks=_MATRIX),
     "onnxruntime int8 transposed": Encoding(_transposed(_onnx_int8), "f", 1, ranks=_MATRIX),
     "onnxruntime int8 scale per row": Encoding(_onnx_scales, "f", 4, per_row=True, ranks=_MATRIX),
+    "coremltools float16": Encoding(_coreml_float16, "f", 2),
+    "coremltools int8": Encoding(_coreml_int8, "f", 1, ranks=range(2, 9)),
+    "coremltools int8 scale per row": Encoding(_coreml_scales, "f", 2, per_row=True, ranks=range(2, 9)),
     "int64": Encoding(_cast("<i8"), "i", 8),
     "int32": Encoding(_cast("<i4"), "i", 4),
     "int16": Encoding(_cast("<i2"), "i", 2),

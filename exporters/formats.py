@@ -41,6 +41,11 @@ class Format:
     limits: ParityLimits
 
     @property
+    def patched(self) -> bool:
+        """Whether it can be written from a template: its bytes follow from each weight by itself."""
+        return self.name not in ("onnx-int8-static", "ort-fp32", "coreml-palettized")
+
+    @property
     def quantised(self) -> bool:
         """Whether weights are stored in 8 bits or fewer: such a format is judged under attack by itself."""
         return self.precision.startswith(("int8", "palettized"))

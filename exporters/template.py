@@ -37,6 +37,8 @@ _BLOCK = 2**22
 # Searched byte by byte only in small files: programs, which hold small tensors in line.
 _LARGEST_SEARCHED = 2**25
 _SHORTEST_FOUND = 8
+# Below float16's range: encodings that round such numbers in different ways must not look alike in a probe.
+_TINY = 1e-9
 
 
 class TemplateMismatch(InputError):
@@ -87,8 +89,9 @@ def probe_of(module: nn.Module, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for tensor in probe.state_dict().values():
             if tensor.is_floating_point():
-                values = generator.standard_normal(tensor.shape, np.float32) * np.float32(0.05)
-                tensor.copy_(torch.from_numpy(np.asarray(values)))
+                values = np.asarray(generator.standard_normal(tensor.shape, np.float32) * np.float32(0.05))
+                values.reshape(-1)[:1] = _TINY
+                tensor.copy_(torch.from_numpy(values))
             elif bool((tensor.sort().values == torch.arange(tensor.numel())).all()):
                 tensor.copy_(torch.from_numpy(generator.permutation(tensor.numel())))
     return probe
