@@ -13,18 +13,17 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 from torch import nn
 
-from exporters.checks import check_module
 from exporters.contract import InputContract
-from exporters.formats import DEFAULT_FORMATS, named_formats
+from exporters.formats import DEFAULT_FORMATS, Format, named_formats
 from exporters.manifest import FileDigest, FormatEntry
 from exporters.onnx_precision import to_fp16, to_int8, to_int8_static
 from exporters.template import (
-    TemplateMismatch,
+    TemplateError,
     device_tensors,
     load_template,
     make_template,
@@ -33,7 +32,7 @@ from exporters.template import (
     prove,
     save_template,
 )
-from exporters.to_coreml import Target, export_coreml
+from exporters.to_coreml import Precision, Target, export_coreml
 from exporters.to_onnx import OPSET, export_onnx
 from keys.errors import InputError
 from keys.files import write_atomic
@@ -89,7 +88,6 @@ def export(
     does not fit, all are converted. Raises :class:`InputError` if the module cannot be exported, and
     ``StorageError`` if the disk is full.
     """
-    check_module(module, plan.contract, plan.labels)
     digests = None if templates is None else _from_template(module, folder, plan, templates)
     if digests is None:
         convert(module, folder, plan)
@@ -111,9 +109,12 @@ def convert(module: nn.Module, folder: Path, plan: ExportPlan) -> None:
                 write_atomic(folder / formats[name].path, change(source.read_bytes()))
     for one in formats.values():
         if one.runtime == "coreml" and one.patched:
-            export_coreml(
-                module, folder / one.path, plan.contract, plan.labels, precision=one.precision, target=plan.target
-            )
+            _export_coreml(module, folder, one, plan)
+
+
+def _export_coreml(module: nn.Module, folder: Path, one: Format, plan: ExportPlan) -> None:
+    precision = cast(Precision, one.precision)
+    export_coreml(module, folder / one.path, plan.contract, plan.labels, precision=precision, target=plan.target)
 
 
 def _make_anew(module: nn.Module, folder: Path, plan: ExportPlan) -> dict[str, FileDigest]:
@@ -133,9 +134,7 @@ def _make_anew(module: nn.Module, folder: Path, plan: ExportPlan) -> dict[str, F
 
             export_ort(source.read_bytes(), folder / one.path)
         else:
-            export_coreml(
-                module, folder / one.path, plan.contract, plan.labels, precision=one.precision, target=plan.target
-            )
+            _export_coreml(module, folder, one, plan)
     if ONNX_FP32 not in formats:
         source.unlink(missing_ok=True)
     made = [folder / one.path for one in formats.values() if not one.patched]
@@ -167,7 +166,7 @@ def _from_template(
     try:
         template = load_template(place, _made_from(module, plan, templates))
         return None if template is None else patch(template, device_tensors(module), folder)
-    except TemplateMismatch as error:
+    except TemplateError as error:
         templates.tell(f"The template in {place} is not used ({error}); this model is converted in full.")
         return None
 
@@ -190,7 +189,7 @@ def _leave_template(module: nn.Module, converted: Path, plan: ExportPlan, templa
     if fault is None:
         save_template(template, place)
     else:
-        templates.tell(f"This model is converted in full for every device: a template would not give its bytes ({fault}).")
+        templates.tell(f"Every device is converted in full: a template would not give this model's bytes ({fault}).")
         write_atomic(place / _UNUSABLE, f"{fault}\n".encode())
 
 

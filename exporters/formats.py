@@ -66,6 +66,7 @@ _ALL = (
     ),
 )  # fmt: skip
 FORMATS = {format.name: format for format in _ALL}
+OPSETS, OPSET = range(17, 23), 20  # of ONNX
 DEFAULT_FORMATS = ("onnx-fp32", "coreml-fp16", "coreml-fp32")
 
 

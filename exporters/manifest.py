@@ -156,6 +156,14 @@ def utc_text(moment: datetime) -> str:
     return moment.astimezone(UTC).strftime(_CREATED)
 
 
+def parse_utc(text: str) -> datetime:
+    """The moment that :func:`utc_text` wrote; raises ``ValueError`` for any other text."""
+    moment = datetime.strptime(text, _CREATED).replace(tzinfo=UTC)
+    if utc_text(moment) != text:
+        raise ValueError(f"not a time as manifests write it: {text!r}")
+    return moment
+
+
 def parse_manifest(data: bytes) -> Manifest:
     """Read a manifest's bytes, strictly; raise :class:`PackageError` with one sentence at the first fault."""
     if len(data) > MAX_MANIFEST_BYTES:
@@ -432,9 +440,7 @@ def _formats_of_schema_1(files: Mapping[str, FileDigest]) -> dict[str, FormatEnt
 def _created(value: object) -> str:
     text = _text(value, "created")
     try:
-        moment = datetime.strptime(text, _CREATED).replace(tzinfo=UTC)
+        parse_utc(text)
     except ValueError:
-        moment = None
-    if moment is None or utc_text(moment) != text:
         _refuse(f"must hold a UTC time like 2030-01-31T12:00:00Z in created, not {shown(text)}")
     return text

@@ -107,13 +107,19 @@ def inspect_package(folder: Path) -> tuple[Manifest, bool]:
     return parse_manifest(_read_manifest(folder)), (folder / SIGNATURE_NAME).is_file()
 
 
-def write_package(folder: Path, manifest: Manifest) -> Manifest:
+def write_package(
+    folder: Path, manifest: Manifest, digests: Mapping[str, FileDigest] | None = None
+) -> Manifest:
     """Make ``folder``, which holds the exported files, an unsigned package; return the manifest with digests.
 
-    ``manifest.files`` is replaced by what lies in the folder. A signature from before is removed first.
-    Raises :class:`PackageError` if a file's name or kind is not allowed in a package.
+    ``manifest.files`` is replaced by what lies in the folder; ``digests`` are those that the caller took while it
+    wrote the files, so that they need not be read again. A signature from before is removed first.
+    Raises :class:`PackageError` if a file's name or kind is not allowed in a package, or if ``digests`` are of other
+    files or sizes than those that are there.
     """
-    return _write_manifest(folder, dataclasses.replace(manifest, files=digest_folder(folder)))
+    complete = dataclasses.replace(manifest, files=digest_folder(folder) if digests is None else dict(digests))
+    check_listing(complete, _list_folder(folder))
+    return _write_manifest(folder, complete)
 
 
 def add_evidence(folder: Path, evidence: Mapping[str, object]) -> Manifest:

@@ -41,7 +41,7 @@ _SHORTEST_FOUND = 8
 _TINY = 1e-9
 
 
-class TemplateMismatch(InputError):
+class TemplateError(InputError):
     """The template does not fit the model, or is damaged; the model has to be converted in full."""
 
 
@@ -112,7 +112,7 @@ def make_template(converted: Path, tensors: Mapping[str, np.ndarray], made_from:
 def patch(template: Template, tensors: Mapping[str, np.ndarray], folder: Path) -> dict[str, FileDigest]:
     """Write the template's files with these ``tensors`` into ``folder``; return their digests.
 
-    Raises :class:`TemplateMismatch` before anything is written if a name, type or shape differs, and
+    Raises :class:`TemplateError` before anything is written if a name, type or shape differs, and
     :class:`InputError` naming a tensor with NaN, infinite or (in float16) too large values.
     """
     check_fit(template, tensors)
@@ -130,12 +130,12 @@ def patch(template: Template, tensors: Mapping[str, np.ndarray], folder: Path) -
 
 
 def check_fit(template: Template, tensors: Mapping[str, np.ndarray]) -> None:
-    """Raise :class:`TemplateMismatch` naming the first tensor whose name, type or shape is another."""
+    """Raise :class:`TemplateError` naming the first tensor whose name, type or shape is another."""
     found = _signature(tensors)
     for name in sorted({*template.tensors, *found}):
         wanted, there = template.tensors.get(name, "missing"), found.get(name, "missing")
         if wanted != there:
-            raise TemplateMismatch(f"the tensor {name} is {there} in the model and {wanted} in the template")
+            raise TemplateError(f"the tensor {name} is {there} in the model and {wanted} in the template")
 
 
 def prove(template: Template, tensors: Mapping[str, np.ndarray], converted: Path) -> str | None:
@@ -149,7 +149,7 @@ def prove(template: Template, tensors: Mapping[str, np.ndarray], converted: Path
         position = 0
         with (converted / name).open("rb") as stream:
             for part in _parts(file, tensors):
-                if stream.read(len(part)) != part:
+                if memoryview(stream.read(len(part))) != part:
                     return f"{name} differs between byte {position} and {position + len(part)}"
                 position += len(part)
     return None
@@ -172,7 +172,7 @@ def save_template(template: Template, folder: Path) -> None:
 def load_template(folder: Path, made_from: str) -> Template | None:
     """The template in ``folder``, None if there is none.
 
-    Raises :class:`TemplateMismatch` if it is damaged or was made from something else.
+    Raises :class:`TemplateError` if it is damaged or was made from something else.
     """
     if not (folder / _RECORD).is_file():
         return None
@@ -180,15 +180,15 @@ def load_template(folder: Path, made_from: str) -> Template | None:
         document = json.loads((folder / _RECORD).read_bytes())
         body = document["body"]
         if document["sha256"] != _body_digest(body):
-            raise TemplateMismatch(f"{folder / _RECORD} is damaged")
+            raise TemplateError(f"{folder / _RECORD} is damaged")
         if body["made_from"] != made_from:
-            raise TemplateMismatch("it was made from another base, fleet or settings, or by other versions of the tools")
+            raise TemplateError("it was made from another base, fleet or settings, or by other versions of tools")
         files = {name: _load_file(folder, name, entry) for name, entry in body["files"].items()}
         return Template(made_from, {str(name): str(kind) for name, kind in body["tensors"].items()}, files)
-    except TemplateMismatch:
+    except TemplateError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TemplateMismatch(f"the template in {folder} is damaged") from error
+        raise TemplateError(f"the template in {folder} is damaged") from error
 
 
 def _load_file(folder: Path, name: str, entry: Any) -> TemplateFile:
@@ -202,7 +202,7 @@ def _load_file(folder: Path, name: str, entry: Any) -> TemplateFile:
         or len(skeleton) + inside != file.size
         or any(slot.encoding not in ENCODINGS for slot in slots)
     ):
-        raise TemplateMismatch(f"the template's part for {name} is damaged")
+        raise TemplateError(f"the template's part for {name} is damaged")
     return file
 
 
@@ -229,7 +229,7 @@ def _parts(file: TemplateFile, tensors: Mapping[str, np.ndarray]) -> Iterator[me
             return
         values = encode(slot.encoding, tensors[slot.tensor], slot.tensor)
         if len(values) != slot.length:
-            raise TemplateMismatch(f"the tensor {slot.tensor} takes {len(values)} bytes, not {slot.length}")
+            raise TemplateError(f"the tensor {slot.tensor} takes {len(values)} bytes, not {slot.length}")
         yield from _blocks(values)
         position = slot.offset + slot.length
 

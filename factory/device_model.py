@@ -11,11 +11,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from exporters.manifest import parse_utc, utc_text
 from factory.adaptation import adapt, adapter_digest, load_adapter, save_adapter, trainable_parameters
 from factory.base import Base
 from factory.block_shuffle import BlockShuffle, check_block_size
@@ -33,13 +35,14 @@ from keys.permutation import permutation
 
 @dataclass(frozen=True)
 class DeviceModel:
-    """A trained model with its adapter's digest and how it was trained."""
+    """A trained model with its adapter's digest, how it was trained, and when that was finished."""
 
     name: str
     classifier: ImageClassifier
     adapter_digest: str
     trainable_parameters: int
     history: tuple[Epoch, ...]
+    created: datetime
 
 
 def block_size(base: Base, recipe: RecipeSettings) -> int:
@@ -86,6 +89,7 @@ def make_device_model(
         values: dict[str, Any] = {
             "made_from": made_from, "adapter_digest": adapter_digest(adapter), "seed": seed,
             "trainable_parameters": trainable_parameters(vit), "history": [asdict(epoch) for epoch in history],
+            "created": utc_text(datetime.now(UTC)),
         }  # fmt: skip
         write_atomic(record, json.dumps(values, indent=1).encode())
         finished = values
@@ -95,7 +99,7 @@ def make_device_model(
         raise InputError(f"The adapter in {adapter} was changed after training; delete {folder} to make it anew.")
     return DeviceModel(
         name, classifier.eval(), finished["adapter_digest"], finished["trainable_parameters"],
-        tuple(Epoch(**entry) for entry in finished["history"]),
+        tuple(Epoch(**entry) for entry in finished["history"]), _created(finished, record),
     )  # fmt: skip
 
 
@@ -115,6 +119,13 @@ def _fine_tune(
 def _fingerprint(base: Base, recipe: RecipeSettings, splits: Splits, identity: Sequence[str | int], seed: int) -> str:
     parts = [base.digest, recipe.model_dump(mode="json"), splits.digest, list(identity), seed]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _created(finished: dict[str, Any], record: Path) -> datetime:
+    """When the training was finished: part of the record, so that a package exported again is the same."""
+    if "created" in finished:
+        return parse_utc(finished["created"])
+    return datetime.fromtimestamp(record.stat().st_mtime, UTC)  # a record from before it was written there
 
 
 def _read(record: Path, made_from: str) -> dict[str, Any] | None:

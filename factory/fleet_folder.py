@@ -23,8 +23,8 @@ from keys.vault import Vault, create_vault, generate_passphrase_file, open_vault
 
 PASSPHRASE_VARIABLE = "KEYFOUNDRY_PASSPHRASE"
 # What may differ between runs in one folder: everything else would make devices that cannot be compared.
-# How hard the devices are attacked changes no device: a report says what it was made with.
-_MAY_CHANGE = ("devices", "verification")
+# How hard the devices are attacked changes no device, and in which formats they are exported no model.
+_MAY_CHANGE = ("devices", "export", "verification")
 
 
 class FleetFolder:
@@ -46,6 +46,11 @@ class FleetFolder:
     def package(self, device_id: str) -> Path:
         """Where a device's package lies."""
         return self.devices / device_id / "package"
+
+    @property
+    def templates(self) -> Path:
+        """Where conversions lie that devices are written from."""
+        return self.work / "templates"
 
     def model(self, name: str) -> Path:
         """Where a model's adapter and training state lie."""

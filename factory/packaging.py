@@ -6,47 +6,51 @@ import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
 
+from exporters.export import ExportPlan, Templates, export
+from exporters.formats import FORMATS
 from exporters.golden import GOLDEN_NAME, Golden
-from exporters.manifest import Manifest, utc_text
+from exporters.manifest import FileDigest, Manifest, utc_text
 from exporters.measured import NotMeasured
 from exporters.package import digest_folder, inspect_package, write_package
-from exporters.parity import COREML_FP16, COREML_FP32, ONNX_FP32, Parity, measure_parity
+from exporters.parity import Parity, measure_parity
 from exporters.run_coreml import best_coreml_runtime
 from exporters.run_onnx import OnnxRuntime
 from exporters.run_torch import TorchRuntime
 from exporters.runtime import Runtime
-from exporters.to_coreml import export_coreml
-from exporters.to_onnx import export_onnx
 from factory.base import Base
 from factory.progress import Progress
 from factory.record import kept
+from factory.settings import ExportSettings
 from keys.errors import PackageError
 from keys.files import folder_being_written, write_atomic
 
-ONNX_NAME = "model.onnx"
-COREML_NAME = "model.mlpackage"
-COREML_FP32_NAME = "model-fp32.mlpackage"
-LIMITS = {"ONNX fp32": ONNX_FP32, "Core ML fp32": COREML_FP32, "Core ML fp16": COREML_FP16}
+ONNX_NAME = FORMATS["onnx-fp32"].path
 _GOLDEN_IMAGES = 8
 TOOLS = ("keyfoundry", "torch", "timm", "peft", "onnx", "onnxruntime", "coremltools", "numpy", "cryptography")
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a package says about where it comes from."""
+    """What a package says about where it comes from. ``created``: when its model was trained, UTC."""
 
     device_id: str
     generation: int
     fleet_id: str
     adapter_digest: str
     recipe: Mapping[str, object]
+    created: datetime
+
+    def fields(self) -> dict[str, Any]:
+        """The manifest's fields of the same names."""
+        return vars(self) | {"created": utc_text(self.created)}
 
 
 def tool_versions() -> dict[str, str]:
@@ -54,40 +58,53 @@ def tool_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in TOOLS} | {"python": platform.python_version()}
 
 
+def export_plan(base: Base, settings: ExportSettings, images: np.ndarray) -> ExportPlan:
+    """What the settings ask for. ``images``: uint8 validation images; static int8 is calibrated on the first."""
+    architecture = base.architecture
+    return ExportPlan(
+        architecture.contract, architecture.labels, settings.formats, settings.opset, settings.batch, settings.target,
+        images[: settings.calibration_images],
+    )  # fmt: skip
+
+
+def fleet_templates(folder: Path, base: Base, fleet_id: str, progress: Progress) -> Templates:
+    """The templates of one fleet: of this base, and of the converters that are installed now."""
+    made_from = {"fleet_id": fleet_id, "base_digest": base.digest, **tool_versions()}
+    return Templates(folder, made_from, progress.say)
+
+
 def export_package(
-    module: nn.Module, base: Base, identity: Identity, golden_images: np.ndarray, package: Path, progress: Progress
-) -> Manifest:
+    module: nn.Module, base: Base, identity: Identity, golden_images: np.ndarray, package: Path, progress: Progress,
+    plan: ExportPlan | None = None, templates: Templates | None = None,
+) -> Manifest:  # fmt: skip
     """Write the unsigned package of a baked ``module``, unless it is there, whole and made from the same adapter.
 
-    ``golden_images``: uint8 N×C×H×W, of which the first few travel in the package with torch's logits.
+    ``golden_images``: uint8 N×C×H×W, of which the first few travel in the package with torch's logits. The same
+    inputs give the same bytes, with ``templates`` or without.
     """
-    existing = _existing(package, identity, base)
+    plan = plan or export_plan(base, ExportSettings(), golden_images)
+    existing = _existing(package, identity, base, plan)
     if existing is not None:
         return existing
-    contract, labels = base.architecture.contract, base.architecture.labels
     with (
         folder_being_written(package) as folder,
-        progress.stage(f"export {identity.device_id}", total=4, unit="files") as stage,
+        progress.stage(f"export {identity.device_id}", total=2, unit="parts") as stage,
     ):
-        export_onnx(module, folder / ONNX_NAME, contract, labels)
-        stage.advance(note="Core ML fp16")
-        export_coreml(module, folder / COREML_NAME, contract, labels, precision="fp16")
-        stage.advance(note="Core ML fp32")
-        export_coreml(module, folder / COREML_FP32_NAME, contract, labels, precision="fp32")
-        stage.advance(note="manifest")
+        digests = export(module, folder, plan, templates)
+        stage.advance(note="golden images")
         images = golden_images[:_GOLDEN_IMAGES]
-        logits = TorchRuntime(module).logits(images.astype(np.float32) / 255)
-        write_atomic(folder / GOLDEN_NAME, Golden(images, logits).to_bytes())
+        golden = Golden(images, TorchRuntime(module).logits(images.astype(np.float32) / 255)).to_bytes()
+        write_atomic(folder / GOLDEN_NAME, golden)
         manifest = Manifest(
-            **asdict(identity), base_digest=base.digest, labels=labels, input=contract, files={}, evidence={},
-            created=utc_text(datetime.now(UTC)), tools=tool_versions(),
+            **identity.fields(), base_digest=base.digest, labels=plan.labels,
+            input=plan.contract, files={}, evidence={}, tools=tool_versions(), formats=plan.entries(),
         )  # fmt: skip
-        manifest = write_package(folder, manifest)
+        manifest = write_package(folder, manifest, digests | {GOLDEN_NAME: FileDigest.of(golden)})
         stage.advance()
     return manifest
 
 
-def _existing(package: Path, identity: Identity, base: Base) -> Manifest | None:
+def _existing(package: Path, identity: Identity, base: Base, plan: ExportPlan) -> Manifest | None:
     if not package.is_dir():
         return None
     try:
@@ -95,17 +112,21 @@ def _existing(package: Path, identity: Identity, base: Base) -> Manifest | None:
         whole = digest_folder(package) == dict(manifest.files)
     except PackageError:
         return None
-    same = all(getattr(manifest, name) == value for name, value in vars(identity).items())
-    return manifest if whole and same and manifest.base_digest == base.digest else None
+    same = all(getattr(manifest, name) == value for name, value in identity.fields().items())
+    same = same and manifest.base_digest == base.digest and dict(manifest.formats) == plan.entries()
+    return manifest if whole and same else None
 
 
 def open_formats(package: Path) -> dict[str, Runtime]:
-    """Every format of a package, ready to run."""
-    return {
-        "ONNX fp32": OnnxRuntime(package / ONNX_NAME),
-        "Core ML fp32": best_coreml_runtime(package / COREML_FP32_NAME),
-        "Core ML fp16": best_coreml_runtime(package / COREML_NAME),
-    }
+    """Every format of a package, by its title, ready to run."""
+    manifest, _ = inspect_package(package)
+    formats = [one for one in FORMATS.values() if one.name in manifest.formats]
+    return {one.title: open_format(package / one.path, one.runtime) for one in formats}
+
+
+def open_format(path: Path, runtime: str) -> Runtime:
+    """One exported file or folder, ready to run."""
+    return best_coreml_runtime(path) if runtime == "coreml" else OnnxRuntime(path)
 
 
 def parity_of(
@@ -113,8 +134,9 @@ def parity_of(
 ) -> dict[str, Parity | NotMeasured]:
     """Compare every format of a package with torch on uint8 ``images``; cached in ``record`` by content."""
     manifest, _ = inspect_package(package)
+    limits = {one.title: one.limits for one in FORMATS.values() if one.name in manifest.formats}
     made_from = hashlib.sha256(
-        repr([sorted((name, entry.sha256) for name, entry in manifest.files.items()), tool_versions(), LIMITS]).encode()
+        repr([sorted((name, entry.sha256) for name, entry in manifest.files.items()), tool_versions(), limits]).encode()
         + platform.platform().encode()
         + images.tobytes()
     ).hexdigest()
@@ -126,7 +148,7 @@ def parity_of(
         floats = images.astype(np.float32) / 255
         with progress.stage(f"parity {manifest.device_id}", total=len(candidates), unit="formats") as stage:
             for name, runtime in candidates.items():
-                measured[name] = measure_parity(reference, runtime, floats, LIMITS[name])
+                measured[name] = measure_parity(reference, runtime, floats, limits[name])
                 stage.advance(note=name)
         return measured
 

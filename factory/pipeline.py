@@ -36,7 +36,7 @@ from factory.fleet import Candidate, Findings, Fleet, Verdict
 from factory.fleet_folder import FleetFolder
 from factory.fleet_report import report_document, report_examples
 from factory.folding import bake
-from factory.packaging import ONNX_NAME, Identity, export_package, parity_of
+from factory.packaging import ONNX_NAME, Identity, export_package, export_plan, fleet_templates, parity_of
 from factory.progress import Progress, log_to
 from factory.queries import query_attacks
 from factory.registry import Registry
@@ -151,10 +151,12 @@ def make_candidate(fleet: Fleet, name: str) -> Candidate:
     baked = bake(model.classifier)
     identity = Identity(
         device_id=name, generation=generation, fleet_id=fleet.vault.fleet_id, adapter_digest=model.adapter_digest,
-        recipe=recipe_of(fleet, name).model_dump(mode="json"),
+        recipe=recipe_of(fleet, name).model_dump(mode="json"), created=model.created,
     )  # fmt: skip
-    golden = fleet.splits.validation.images.numpy()
-    export_package(baked, fleet.base, identity, golden, package, fleet.progress)
+    images = fleet.splits.validation.images.numpy()
+    plan = export_plan(fleet.base, fleet.settings.export, images)
+    templates = fleet_templates(fleet.folder.templates, fleet.base, fleet.vault.fleet_id, fleet.progress)
+    export_package(baked, fleet.base, identity, images, package, fleet.progress, plan, templates)
     return Candidate(name, generation, model, baked, package)
 
 

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator, model_validator
 
 from device_tests.perturbation import Norm, Perturbation
+from exporters.formats import DEFAULT_FORMATS, OPSET, OPSETS, named_formats
 from keys.errors import InputError
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
@@ -160,6 +161,39 @@ class VerificationSettings(Section):
         return Perturbation(Norm.LINF, self.epsilon)
 
 
+class ExportSettings(Section):
+    """What a package holds, and for which systems."""
+
+    formats: tuple[str, ...] = Field(default=DEFAULT_FORMATS, description="see keyfoundry export --help for all names")
+    opset: int = Field(default=OPSET, description="of ONNX, 17 to 22")
+    batch: Literal["dynamic", "static"] = Field(
+        default="dynamic", description="whether the ONNX model takes any number of images at once, or one"
+    )
+    target: Literal["iOS16", "iOS17", "iOS18"] = Field(default="iOS16", description="oldest system for Core ML")
+    calibration_images: int = Field(
+        default=64, ge=1, description="validation images that static int8 takes activations' ranges from"
+    )
+    adapters: bool = Field(default=False, description="also make a base package, and LoRA-only packages for it")
+
+    @field_validator("formats")
+    @classmethod
+    def _known(cls, formats: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            named_formats(formats)
+        except InputError as error:
+            raise ValueError(str(error)) from error
+        if "onnx-fp32" not in formats:
+            raise ValueError("onnx-fp32 must be among the formats: it is what the judge attacks and measures")
+        return formats
+
+    @field_validator("opset")
+    @classmethod
+    def _opset(cls, opset: int) -> int:
+        if opset not in OPSETS:
+            raise ValueError(f"must be {OPSETS.start} to {OPSETS.stop - 1}")
+        return opset
+
+
 class ReleaseSettings(Section):
     """Limits of the release rule; their reasons are printed in the report."""
 
@@ -200,6 +234,7 @@ class FleetSettings(Section):
     data: DataSettings = DataSettings()
     base: BaseSettings = BaseSettings()
     recipe: RecipeSettings = RecipeSettings()
+    export: ExportSettings = ExportSettings()
     verification: VerificationSettings = VerificationSettings()
     release: ReleaseSettings = ReleaseSettings()
 

@@ -12,6 +12,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -68,7 +69,7 @@ def main() -> None:
     some = images[:8].astype(np.float32) / 255
     unmerged, folded = TorchRuntime(keyed).logits(some), TorchRuntime(baked).logits(some)
     difference = float(np.abs(unmerged - folded).max() / np.abs(unmerged).max())
-    identity = Identity("untrained", 1, "0" * 16, "0" * 64, recipe.model_dump(mode="json"))
+    identity = Identity("untrained", 1, "0" * 16, "0" * 64, recipe.model_dump(mode="json"), datetime.now(UTC))
     with TemporaryDirectory() as folder:
         package = Path(folder) / "package"
         timed("export", lambda: export_package(baked, base, identity, images, package, progress))

@@ -17,13 +17,13 @@ from device_tests.evidence import Proportion
 from device_tests.package_judgement import FormatJudgement, PackageJudgement, judge_package
 from device_tests.perturbation import Perturbation
 from device_tests.threats import Source, Threat
+from exporters.formats import FORMATS
 from exporters.measured import NotMeasured
 from exporters.run_coreml import CoreMLEvaluator
 from exporters.run_onnx import OnnxRuntime
 from exporters.run_torch import TorchRuntime
 from exporters.runtime import Runtime
 from factory.cli.stages import existing_fleet
-from factory.packaging import COREML_FP32_NAME, COREML_NAME, ONNX_NAME
 from factory.pipeline import make_candidate
 from keys.errors import InputError
 
@@ -155,9 +155,9 @@ def test_a_real_package_in_all_its_formats(tiny_fleet: Path, tmp_path: Path) -> 
     ball = Perturbation.parse("linf:24/255")
     made = craft(source, [PGD(steps=3)], clean, labels, perturbation=ball, seed=0)
     formats: dict[str, Runtime | NotMeasured] = {
-        "ONNX fp32": OnnxRuntime(candidate.package / ONNX_NAME, threads=1),
-        "Core ML fp32": CoreMLEvaluator(candidate.package / COREML_FP32_NAME),
-        "Core ML fp16": CoreMLEvaluator(candidate.package / COREML_NAME),
+        "ONNX fp32": OnnxRuntime(candidate.package / FORMATS["onnx-fp32"].path, threads=1),
+        "Core ML fp32": CoreMLEvaluator(candidate.package / FORMATS["coreml-fp32"].path),
+        "Core ML fp16": CoreMLEvaluator(candidate.package / FORMATS["coreml-fp16"].path),
     }
     first = {"Core ML fp32": 8, "Core ML fp16": 8}
     result = judge_package(TorchRuntime(candidate.baked), formats, clean, labels, made.images, first=first)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,10 +24,12 @@ from factory.base import Base
 from factory.classifier import ImageClassifier
 from factory.data import Splits
 from factory.folding import bake
-from factory.packaging import TOOLS, Identity, _existing, export_package, parity_of, tool_versions
+from factory.packaging import TOOLS, Identity, _existing, export_package, export_plan, parity_of, tool_versions
 from factory.progress import Progress
+from factory.settings import ExportSettings
 
-IDENTITY = Identity("camera-1", 3, "00112233445566ff", "a" * 64, {"rank": 4})
+CREATED = datetime(2030, 1, 31, 12, 0, 0, tzinfo=UTC)
+IDENTITY = Identity("camera-1", 3, "00112233445566ff", "a" * 64, {"rank": 4}, CREATED)
 
 
 @pytest.fixture(scope="module")
@@ -83,23 +88,26 @@ def test_a_whole_package_of_the_same_model_is_kept(
 
 def test_another_identity_or_a_damaged_package_is_made_anew(package: Path, tiny_base: Base, tmp_path: Path) -> None:
     """Asks only whether it would be kept: making it is tested above."""
-    assert _existing(package, IDENTITY, tiny_base) is not None
-    for change in (("other", 3), ("camera-1", 4)):
-        other = Identity(*change, IDENTITY.fleet_id, IDENTITY.adapter_digest, IDENTITY.recipe)
-        assert _existing(package, other, tiny_base) is None
-    assert _existing(package, Identity("camera-1", 3, "f" * 16, "a" * 64, {"rank": 4}), tiny_base) is None
-    assert _existing(package, Identity("camera-1", 3, "00112233445566ff", "b" * 64, {"rank": 4}), tiny_base) is None
-    assert _existing(tmp_path / "none", IDENTITY, tiny_base) is None
+    plan = export_plan(tiny_base, ExportSettings(), np.zeros((1, 1, 28, 28), np.uint8))
+    assert _existing(package, IDENTITY, tiny_base, plan) is not None
+    others: list[dict[str, Any]] = [
+        {"device_id": "other"}, {"generation": 4}, {"fleet_id": "f" * 16}, {"adapter_digest": "b" * 64},
+        {"created": CREATED + timedelta(seconds=1)},
+    ]  # fmt: skip
+    for change in others:
+        assert _existing(package, dataclasses.replace(IDENTITY, **change), tiny_base, plan) is None
+    assert _existing(package, IDENTITY, tiny_base, dataclasses.replace(plan, opset=21)) is None
+    assert _existing(tmp_path / "none", IDENTITY, tiny_base, plan) is None
     copy = shutil.copytree(package, tmp_path / "copy")
     weights = copy / "model-fp32.mlpackage" / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    assert _existing(copy, IDENTITY, tiny_base) is None
+    assert _existing(copy, IDENTITY, tiny_base, plan) is None
     shutil.copyfile(package / weights.relative_to(copy), weights)
-    assert _existing(copy, IDENTITY, tiny_base) is not None
+    assert _existing(copy, IDENTITY, tiny_base, plan) is not None
     (copy / "model.onnx").unlink()
-    assert _existing(copy, IDENTITY, tiny_base) is None
+    assert _existing(copy, IDENTITY, tiny_base, plan) is None
 
 
 def test_parity_is_measured_for_every_format_and_once(
