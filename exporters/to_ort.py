@@ -4,7 +4,7 @@ onnxruntime itself writes it, at the optimisation level *basic*: constants are f
 are removed, and only operators of the ONNX standard are left. The higher levels are left out on purpose: *extended*
 brings in onnxruntime's own operators, which a build made for standard models may lack, and *all* lays weights out
 for the processor of the machine that exports, not of the device that runs. The same model gives the same bytes with
-the same onnxruntime. Class names and input contract stay inside.
+the same onnxruntime (see :mod:`exporters.ort_order`). Class names and input contract stay inside.
 
 Weights may be folded into others here, so files of two devices may differ in more than their weights' values.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import onnxruntime
 
+from exporters.ort_order import in_order
 from exporters.run_onnx import LOAD_ERRORS
 from keys.errors import InputError, StorageError
 from keys.files import storage_errors, write_atomic
@@ -48,4 +49,4 @@ def export_ort(onnx_bytes: bytes, path: Path) -> None:
                     ) from error
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise InputError(f"onnxruntime cannot write this model in its own format: {reason}") from error
-            write_atomic(path, written.read_bytes())
+            write_atomic(path, in_order(written.read_bytes()))

@@ -16,6 +16,7 @@ from timm.layers import set_fused_attn
 from torch import nn
 
 from exporters.contract import InputContract
+from exporters.ort_order import in_order
 from exporters.run_onnx import OnnxRuntime
 from exporters.run_torch import TorchRuntime
 from exporters.to_onnx import INPUT_KEY, LABELS_KEY, export_onnx
@@ -93,6 +94,12 @@ def test_another_process_and_folder_give_the_same_bytes(model: bytes, tmp_path: 
     )
     export_ort(model, tmp_path / "model.ort")
     assert (tmp_path / "model.ort").read_bytes() == (tmp_path / "elsewhere" / "other-name.ort").read_bytes()
+
+
+def test_what_is_in_order_stays_as_it_is(model: bytes, tmp_path: Path) -> None:
+    export_ort(model, tmp_path / "model.ort")
+    content = (tmp_path / "model.ort").read_bytes()
+    assert in_order(content) == content
 
 
 @pytest.mark.parametrize("cut", [0, 10, 1000])
