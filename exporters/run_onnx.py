@@ -1,7 +1,8 @@
-"""ONNX models in onnxruntime on the CPU; imports NumPy and onnxruntime only, because devices load it.
+"""ONNX models, and those in onnxruntime's own format, on the CPU.
 
-A model is taken as :mod:`exporters.to_onnx` writes it: one float32 input ``image`` N×C×H×W in [0, 1] with a
-free batch size, one output ``logits`` N×K.
+It imports NumPy and onnxruntime only, because devices load it.
+A model is taken as :mod:`exporters.to_onnx` and :mod:`exporters.to_ort` write it: one float32 input ``image`` N×C×H×W
+in [0, 1], N free or fixed, one output ``logits`` N×K. Where N is fixed to 1, images are run one by one.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # pyright: ignore[reportAttributeAccessIssue]
 
 from exporters.contract import checked_images
-from exporters.runtime import batches
+from exporters.runtime import BATCH, batches
 from keys.errors import InputError
 
-_LOAD_ERRORS = (
+LOAD_ERRORS = (
     ort_errors.Fail,
     ort_errors.InvalidArgument,
     ort_errors.InvalidGraph,
@@ -53,7 +54,7 @@ class OnnxRuntime:
         model = source if isinstance(source, bytes) else str(source)
         try:
             self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        except _LOAD_ERRORS as error:
+        except LOAD_ERRORS as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"onnxruntime cannot load {where}: {reason}") from error
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
@@ -66,9 +67,16 @@ class OnnxRuntime:
                 f"found inputs {found[0]} of shape {shape} and outputs {found[1]}."
             )
         self.input_shape: tuple[int, int, int] = (sides[0], sides[1], sides[2])
+        self._batch = BATCH
+        if isinstance(shape[0], int):
+            if shape[0] != 1:
+                raise InputError(
+                    f"Expected {where} to take any number of images or one; it takes {shape[0]} at a time."
+                )
+            self._batch = 1
 
     def logits(self, images: np.ndarray) -> np.ndarray:
         """Logits float32 N×K of ``images`` float32 N×C×H×W in [0, 1]. Raises :class:`InputError` for others."""
         images = checked_images(images, self.input_shape)
-        parts = [self._session.run(["logits"], {"image": part})[0] for part in batches(images)]
+        parts = [self._session.run(["logits"], {"image": part})[0] for part in batches(images, self._batch)]
         return np.concatenate([np.asarray(part) for part in parts])

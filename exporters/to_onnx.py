@@ -1,8 +1,12 @@
-"""A plain module as one ONNX file: float32, free batch size, class names and input contract inside.
+"""A plain module as one ONNX file: float32, free or fixed batch size, class names and input contract inside.
 
-Input ``image`` (float32 N×C×H×W in [0, 1]), output ``logits`` (float32 N×K); initializers keep the names of
-the parameters. The exporter's metadata (source paths, stack traces, class hierarchies) is taken out: a
-package tells nothing about the machine it was made on. The same module gives the same bytes.
+Input ``image`` (float32 N×C×H×W in [0, 1]), output ``logits`` (float32 N×K), where N is free or, for runtimes that
+want every shape to be known, 1; initializers keep the names of the parameters. Operator sets 17 to 22 can be had: what
+a set lacks is spelled out in older operators (GELU before 20 by the error function), and the file asks for the oldest
+file version that its operator set needs, so that old runtimes load it.
+
+The exporter's metadata (source paths, stack traces, class hierarchies) is taken out: a package tells nothing about
+the machine it was made on. The same module gives the same bytes.
 
 Attention must be exported in its plain form: build timm models after ``timm.layers.set_fused_attn(False)``.
 """
@@ -12,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, get_args
 
 import onnx
 import torch
@@ -20,11 +25,17 @@ from torch import nn
 
 from exporters.checks import check_module, named_tensors
 from exporters.contract import InputContract
+from exporters.onnx_lowering import lower_to_17
 from exporters.quiet import quiet
 from keys.errors import InputError
 from keys.files import write_atomic
 
+Batch = Literal["dynamic", "static"]
+
 OPSET = 20
+OLDEST_OPSET, NEWEST_OPSET = 17, 22
+# torch's exporter is written for it; older ones are made from it here.
+_OLDEST_OF_TORCH = 18
 LABELS_KEY = "keyfoundry.labels"
 INPUT_KEY = "keyfoundry.input"
 # One protobuf message holds 2 GiB; the graph around the weights of the largest ViTs is far below 64 MiB.
@@ -33,16 +44,25 @@ _SOURCE_FIELDS = ("metadata_props", "doc_string")
 
 
 def export_onnx(
-    module: nn.Module, path: Path, contract: InputContract, labels: Sequence[str], *, opset: int = OPSET
+    module: nn.Module,
+    path: Path,
+    contract: InputContract,
+    labels: Sequence[str],
+    *,
+    opset: int = OPSET,
+    batch: Batch = "dynamic",
 ) -> None:
     """Write ``module`` (N×C×H×W in [0, 1] to logits N×K) to ``path``, whole or not at all.
 
+    ``opset`` is from 17 to 22; ``batch`` leaves N free, or fixes it to 1.
     Raises :class:`InputError` if the module cannot be exported (see :func:`exporters.checks.check_module`),
-    does not fit into one file (2 GiB) or uses an operator that the exporter lacks, and ``StorageError``
-    if the disk is full.
+    does not fit into one file (2 GiB) or uses an operator that the exporter or the opset lacks, if ``opset`` or
+    ``batch`` is another, and ``StorageError`` if the disk is full.
     """
-    if opset < OPSET:
-        raise InputError(f"The ONNX opset must be at least {OPSET}; got {opset}.")
+    if type(opset) is not int or not OLDEST_OPSET <= opset <= NEWEST_OPSET:
+        raise InputError(f"The ONNX opset must be a whole number from {OLDEST_OPSET} to {NEWEST_OPSET}; got {opset!r}.")
+    if batch not in get_args(Batch):
+        raise InputError(f"The ONNX batch must be 'dynamic' or 'static'; got {batch!r}.")
     check_module(module, contract, labels)
     size = sum(tensor.numel() * tensor.element_size() for _, tensor in named_tensors(module))
     if size > LARGEST_WEIGHTS:
@@ -50,8 +70,11 @@ def export_onnx(
             f"The model's weights take {size / 2**30:.2f} GiB and one ONNX file holds less than 2; "
             "choose a smaller base."
         )
-    model = _convert(module, contract, opset)
+    model = _convert(module, contract, max(opset, _OLDEST_OF_TORCH), batch)
     _strip_source(model)
+    if opset < _OLDEST_OF_TORCH:
+        lower_to_17(model)
+    model.ir_version = onnx.helper.find_min_ir_version_for(list(model.opset_import))
     entries = {
         INPUT_KEY: json.dumps(contract.to_json(), sort_keys=True),
         LABELS_KEY: json.dumps(list(labels), ensure_ascii=False),
@@ -64,9 +87,10 @@ def export_onnx(
     write_atomic(Path(path), model.SerializeToString(deterministic=True))
 
 
-def _convert(module: nn.Module, contract: InputContract, opset: int) -> onnx.ModelProto:
-    # An example batch of two: with one, the exporter would take the batch size for a constant.
-    example = torch.zeros(2, *contract.shape)
+def _convert(module: nn.Module, contract: InputContract, opset: int, batch: Batch) -> onnx.ModelProto:
+    # A free batch size needs an example of two: with one, the exporter would take the batch size for a constant.
+    free = batch == "dynamic"
+    example = torch.zeros(2 if free else 1, *contract.shape)
     try:
         with quiet(), torch.no_grad():
             program = torch.onnx.export(
@@ -76,7 +100,7 @@ def _convert(module: nn.Module, contract: InputContract, opset: int) -> onnx.Mod
                 opset_version=opset,
                 input_names=["image"],
                 output_names=["logits"],
-                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},) if free else None,
                 # Off, because optimising renames and merges initializers.
                 optimize=False,
                 verbose=False,
@@ -84,7 +108,15 @@ def _convert(module: nn.Module, contract: InputContract, opset: int) -> onnx.Mod
     except torch.onnx.OnnxExporterError as error:
         raise InputError(f"torch cannot export this model to ONNX: {str(error).splitlines()[0]}") from error
     assert program is not None
-    return program.model_proto
+    model = program.model_proto
+    # Where it cannot express a model in an operator set, the exporter leaves it in another and only warns.
+    found = {entry.domain: entry.version for entry in model.opset_import}
+    if found != {"": opset}:
+        needed = ", ".join(f"{domain or 'ONNX'} {version}" for domain, version in sorted(found.items()))
+        raise InputError(
+            f"torch cannot express this model in ONNX opset {opset}, but in {needed}; choose a newer opset."
+        )
+    return model
 
 
 def _strip_source(message: Message) -> None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import timm
 import torch
-from timm.layers import set_fused_attn
+from timm.layers import SwiGLUPacked, set_fused_attn
 from torch import nn
 
 from exporters.contract import InputContract
+from exporters.onnx_lowering import lower_to_17
 from exporters.run_onnx import OnnxRuntime
 from exporters.run_torch import TorchRuntime
 from exporters.to_onnx import INPUT_KEY, LABELS_KEY, export_onnx
@@ -53,6 +56,11 @@ def tiny_vit(**changes: object) -> nn.Module:
         **changes,
     }
     return timm.create_model("vit_tiny_patch16_224", pretrained=False, **settings).eval()
+
+
+def gated_vit() -> nn.Module:
+    """A gated MLP and average pooling: a mean besides what every ViT has."""
+    return tiny_vit(depth=1, mlp_layer=SwiGLUPacked, global_pool="avg")
 
 
 def real_images(count: int) -> np.ndarray:
@@ -184,9 +192,87 @@ def test_refuses_with_a_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_refuses_an_old_opset(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="at least 20; got 17"):
-        export_onnx(broken(1), tmp_path / "model.onnx", small(), ["a", "b"], opset=17)
+@pytest.mark.parametrize("opset", [16, 23, 20.0, True])
+def test_refuses_another_opset(opset: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"a whole number from 17 to 22; got {opset}"):
+        export_onnx(broken(1), tmp_path / "model.onnx", small(), ["a", "b"], opset=opset)
+
+
+def test_refuses_another_batch(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="'dynamic' or 'static'; got '8'"):
+        export_onnx(broken(1), tmp_path / "model.onnx", small(), ["a", "b"], batch="8")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("opset", range(17, 23))
+def test_every_opset_loads_and_answers_alike(opset: int, tmp_path: Path) -> None:
+    module = gated_vit()
+    path = tmp_path / "model.onnx"
+    export_onnx(module, path, CONTRACT, LABELS, opset=opset)
+    model = onnx.load(path)
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", opset)]
+    # The file versions of ONNX 1.12 to 1.17, which brought these opsets: what an old runtime looks at first.
+    assert model.ir_version == {17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10}[opset]
+    assert {name for name, _ in module.named_parameters()} <= {tensor.name for tensor in model.graph.initializer}
+    kinds = {node.op_type for node in model.graph.node}
+    assert {"LayerNormalization", "ReduceMean"} <= kinds
+    images = real_images(5)
+    np.testing.assert_allclose(OnnxRuntime(path).logits(images), TorchRuntime(module).logits(images), atol=2e-5)
+
+
+@pytest.mark.parametrize(("opset", "kind"), [(19, "Erf"), (20, "Gelu")])
+def test_gelu_is_spelled_out_where_the_opset_lacks_it(module: nn.Module, opset: int, kind: str, tmp_path: Path) -> None:
+    export_onnx(module, tmp_path / "model.onnx", CONTRACT, LABELS, opset=opset)
+    kinds = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
+    assert kinds & {"Erf", "Gelu"} == {kind}
+
+
+class Padded(nn.Module):
+    """An operator whose form changed in opset 18 and that is not rewritten for 17."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return nn.functional.pad(image.flatten(1), (1, 1))
+
+
+def test_what_an_opset_lacks_is_named(tmp_path: Path) -> None:
+    labels = list("abcdef")
+    export_onnx(Padded().eval(), tmp_path / "model.onnx", small(), labels, opset=18)
+    with pytest.raises(InputError, match="opset 17: its operator 'Pad' needs 18; choose opset 18 or newer"):
+        export_onnx(Padded().eval(), tmp_path / "older.onnx", small(), labels, opset=17)
+    assert not (tmp_path / "older.onnx").exists()
+
+
+def test_an_equal_split_is_lowered() -> None:
+    halves = onnx.helper.make_node("Split", ["image"], ["left", "right"], axis=1, num_outputs=2)
+    total = onnx.helper.make_node("Sub", ["left", "right"], ["logits"])
+    image = onnx.helper.make_tensor_value_info("image", onnx.TensorProto.FLOAT, [1, 4])
+    logits = onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, [1, 2])
+    graph = onnx.helper.make_graph([halves, total], "graph", [image], [logits])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8)
+    lower_to_17(model)
+    onnx.checker.check_model(model, full_check=True)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert np.array_equal(session.run(None, {"image": np.array([[5, 6, 1, 3]], np.float32)})[0], [[4, 3]])
+
+
+@pytest.mark.parametrize("opset", [17, 20])
+def test_a_static_batch_is_one_image(module: nn.Module, opset: int, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    export_onnx(module, path, CONTRACT, LABELS, opset=opset, batch="static")
+    model = onnx.load(path)
+    (image,), (logits,) = model.graph.input, model.graph.output
+    assert [size.dim_value for size in image.type.tensor_type.shape.dim] == [1, 1, 28, 28]
+    assert [size.dim_value for size in logits.type.tensor_type.shape.dim] == [1, 10]
+    # Nothing is computed from a shape any more.
+    assert not {node.op_type for node in model.graph.node} & {"Shape", "Size"}
+    images = real_images(3)
+    np.testing.assert_allclose(OnnxRuntime(path).logits(images), TorchRuntime(module).logits(images), atol=2e-5)
+
+
+def test_another_fixed_batch_is_refused(exported: Path) -> None:
+    model = onnx.load(exported)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
+    with pytest.raises(InputError, match="it takes 4 at a time"):
+        OnnxRuntime(model.SerializeToString())
 
 
 @pytest.mark.parametrize("cut", [0, 10, 1000])
