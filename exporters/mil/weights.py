@@ -65,9 +65,7 @@ class WeightFile:
             raise self._damaged(f"the entry at byte {offset} is {element.name}, the program wants {wanted.name}")
         count = math.prod(declared.shape)
         if size != wanted.size(count):
-            raise self._damaged(
-                f"the entry at byte {offset} has {size} bytes, the program wants {wanted.size(count)}"
-            )
+            raise self._damaged(f"the entry at byte {offset} has {size} bytes, the program wants {wanted.size(count)}")
         if unused != 8 * size - count * wanted.bits:
             raise self._damaged(f"the entry at byte {offset} does not end where the program's {count} values do")
         if start % ALIGNMENT or start < offset + ALIGNMENT or start + size > len(self.data):
