@@ -7,6 +7,7 @@ of the contract's size. Both read the package's output ``logits``.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,24 @@ from keys.errors import InputError
 
 
 class CoreMLEvaluator:
-    """A ``.mlpackage`` evaluated in NumPy (see :mod:`exporters.mil.evaluator` for the numerical model).
+    """A Core ML package evaluated in NumPy (see :mod:`exporters.mil.evaluator` for the numerical model).
 
-    Raises :class:`InputError` if the package is damaged, is not as :mod:`exporters.to_coreml` writes it, or uses
+    ``package`` is the folder, or the bytes of its files by their path inside it. Raises :class:`InputError` if the package is damaged, is not as :mod:`exporters.to_coreml` writes it, or uses
     an operator that the evaluator does not know, which it names.
     """
 
     name = "coreml-evaluator"
 
-    def __init__(self, path: Path) -> None:
-        # Here, because the evaluator needs scipy, which a Mac that predicts does not have to have.
+    def __init__(self, package: Path | Mapping[str, bytes]) -> None:
+        # Here, because a device that predicts with Core ML needs none of it.
         from exporters.mil.evaluator import Evaluator
         from exporters.mil.program import read_program
 
-        program = read_program(Path(path))
+        program = read_program(package if isinstance(package, Mapping) else Path(package))
         shapes = [tensor.shape for tensor in program.inputs.values()]
         if list(program.inputs) != ["image"] or len(shapes[0]) != 4 or "logits" not in program.outputs:
             raise InputError(
-                f"Expected {path} to map an 'image' 1×C×H×W to 'logits'; found inputs {list(program.inputs)} "
+                f"Expected {program.label} to map an 'image' 1×C×H×W to 'logits'; found inputs {list(program.inputs)} "
                 f"and outputs {list(program.outputs)}."
             )
         self.precision = program.precision
@@ -52,9 +53,18 @@ class CoreMLEvaluator:
         """The class name that the package answers for each image, as an app gets it."""
         return [str(label) for label in self._outputs(images)["classLabel"]]
 
+    def first_overflow(self, images: np.ndarray) -> str | None:
+        """The first variable that is not finite for these images, in words; ``None`` if all are finite.
+
+        What to say where logits are not finite: see :meth:`exporters.mil.evaluator.Evaluator.first_overflow`.
+        """
+        return self._evaluator.first_overflow(self._inputs(images))
+
+    def _inputs(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        return {"image": eight_bit(images, self.input_shape).astype(np.float32)[:, np.newaxis]}
+
     def _outputs(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        levels = eight_bit(images, self.input_shape).astype(np.float32)
-        return self._evaluator.run({"image": levels[:, np.newaxis]})
+        return self._evaluator.run(self._inputs(images))
 
 
 def predict_unavailable() -> NotMeasured | None:

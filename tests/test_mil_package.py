@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
+import resource
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
+from timm.layers import set_fused_attn
 from torch import nn
 
 from exporters.contract import InputContract
 from exporters.mil.program import MODEL_PATH, WEIGHTS_PATH, read_program
-from exporters.mil.weights import read_weight_file
-from exporters.quiet import import_coremltools
+from exporters.mil.types import ELEMENTS, TensorType
+from exporters.mil.weights import WeightFile
+from exporters.quiet import import_coremltools, quiet
 from exporters.run_coreml import CoreMLEvaluator
 from exporters.to_coreml import export_coreml
 from keys.errors import InputError
@@ -27,17 +33,12 @@ KNOWN = (
     + struct.pack("<IIQQ", 0xDEADBEEF, 2, 8, 128).ljust(64, b"\0")
     + bytes.fromhex("0000803f000000c0")
 )
-FLOAT = np.dtype("<f4")
+FLOAT = ELEMENTS["FLOAT32"]
+FLIPS = 250
 
 
-def weight_file(folder: Path, data: bytes) -> Path:
-    path = folder / "weight.bin"
-    path.write_bytes(data)
-    return path
-
-
-def test_known_bytes_are_read(tmp_path: Path) -> None:
-    values = read_weight_file(weight_file(tmp_path, KNOWN)).read(64, FLOAT, (2, 1))
+def test_known_bytes_are_read() -> None:
+    values = WeightFile("weight.bin", KNOWN).read(64, TensorType(FLOAT, (2, 1)))
     assert np.array_equal(values, np.array([[1.0], [-2.0]], np.float32))
 
 
@@ -46,8 +47,9 @@ WEIGHTS = [
     ("another version", lambda data: data[:4] + b"\3" + data[5:], "of version 3"),
     ("no sentinel", lambda data: data[:64] + b"\0" + data[65:], "no entry at byte 64"),
     ("unknown type", lambda data: data[:68] + b"\x63" + data[69:], "unknown type 99"),
-    ("another type", lambda data: data[:68] + b"\1" + data[69:], "is float16, the program wants float32"),
+    ("another type", lambda data: data[:68] + b"\1" + data[69:], "is FLOAT16, the program wants FLOAT32"),
     ("another size", lambda data: data[:72] + b"\4" + data[73:], "has 4 bytes, the program wants 8"),
+    ("unused bits", lambda data: data[:88] + b"\4" + data[89:], "does not end where the program's 2 values do"),
     ("values cut off", lambda data: data[:-1], "lie outside of the file"),
     ("values far away", lambda data: data[:80] + b"\0" * 7 + b"\x7f" + data[88:], "lie outside of the file"),
     ("values in the header", lambda data: data[:80] + b"\0" * 8 + data[88:], "lie outside of the file"),
@@ -56,15 +58,15 @@ WEIGHTS = [
 
 
 @pytest.mark.parametrize(("damage", "sentence"), [row[1:] for row in WEIGHTS], ids=[row[0] for row in WEIGHTS])
-def test_damaged_weights_are_refused(damage: Callable[[bytes], bytes], sentence: str, tmp_path: Path) -> None:
+def test_damaged_weights_are_refused(damage: Callable[[bytes], bytes], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
-        read_weight_file(weight_file(tmp_path, damage(KNOWN))).read(64, FLOAT, (2,))
+        WeightFile("weight.bin", damage(KNOWN)).read(64, TensorType(FLOAT, (2,)))
 
 
 @pytest.mark.parametrize("offset", [0, 65, 128, 1 << 40])
-def test_offsets_without_an_entry_are_refused(offset: int, tmp_path: Path) -> None:
+def test_offsets_without_an_entry_are_refused(offset: int) -> None:
     with pytest.raises(InputError, match="no entry"):
-        read_weight_file(weight_file(tmp_path, KNOWN)).read(offset, FLOAT, (2,))
+        WeightFile("weight.bin", KNOWN).read(offset, TensorType(FLOAT, (2,)))
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +106,27 @@ def widen_output(spec: Any) -> None:
     operation.outputs[0].type.tensorType.dimensions[1].constant.size = 5
 
 
+def grow_output(spec: Any) -> None:
+    operation = next(operation for operation in operations(spec) if operation.type == "linear")
+    operation.outputs[0].type.tensorType.dimensions[1].constant.size = 1 << 40
+
+
+def unknown_type(spec: Any) -> None:
+    operation = next(operation for operation in operations(spec) if operation.type == "linear")
+    operation.outputs[0].type.tensorType.dataType = 99
+
+
+def other_operators(spec: Any) -> None:
+    function = spec.mlProgram.functions["main"]
+    function.block_specializations["CoreML5"].CopyFrom(function.block_specializations[function.opset])
+    function.opset = "CoreML5"
+
+
+def made_twice(spec: Any) -> None:
+    operation = next(operation for operation in operations(spec) if operation.type == "linear")
+    operations(spec).add().CopyFrom(operation)
+
+
 def drop_logits(spec: Any) -> None:
     (block,) = spec.mlProgram.functions["main"].block_specializations.values()
     block.outputs.remove("logits")
@@ -122,6 +145,10 @@ EDITS = [
     ("unknown operator", lambda spec: setattr(operations(spec)[-1], "type", "fly"), "operator 'fly'"),
     ("a name that nothing makes", rename_use, "'nowhere' is used before it is made"),
     ("another shape", widen_output, "the program declares \\(1, 5\\)"),
+    ("a shape beyond memory", grow_output, "has 1099511627776 values; at most 268435456 are evaluated here"),
+    ("an unknown type", unknown_type, "is of the unknown type number 99"),
+    ("an older set of operators", other_operators, "operator set 'CoreML5'; only CoreML6, CoreML7, CoreML8"),
+    ("a variable made twice", made_twice, "is made twice"),
     ("no logits", drop_logits, "Expected .* to map an 'image'"),
     ("weights elsewhere", other_weights, "lies in an unknown file"),
     ("control flow", lambda spec: operations(spec)[-1].blocks.add(), "uses control flow"),
@@ -164,3 +191,113 @@ def test_weights_are_what_the_module_holds(package: Path) -> None:
     found = [value for value in read_program(package).constants.values() if value.shape == (4, 64)]
     assert len(found) == 1
     assert np.array_equal(found[0], expected)
+
+
+# ---- from memory --------------------------------------------------------------------------------------------
+
+
+def in_memory(package: Path) -> dict[str, bytes]:
+    return {p.relative_to(package).as_posix(): p.read_bytes() for p in package.rglob("*") if p.is_file()}
+
+
+def test_a_package_in_memory_answers_as_its_folder(package: Path) -> None:
+    images = np.random.default_rng(0).random((3, 1, 8, 8)).astype(np.float32)
+    from_memory, from_folder = CoreMLEvaluator(in_memory(package)), CoreMLEvaluator(package)
+    assert np.array_equal(from_memory.logits(images), from_folder.logits(images))
+    assert from_memory.classes(images) == from_folder.classes(images)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        (MODEL_PATH, "the package in memory is not a Core ML package: .* is missing"),
+        (WEIGHTS_PATH, "no weights at .*weight.bin of the package in memory"),
+    ],
+)
+def test_files_missing_in_memory_are_named(name: str, sentence: str, package: Path) -> None:
+    files = in_memory(package)
+    del files[name]
+    with pytest.raises(InputError, match=sentence):
+        CoreMLEvaluator(files)
+
+
+# ---- damage by chance ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["fp32", "int8 for iOS 16", "4 bits for iOS 18"])
+def transformer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """A tiny ViT, compressed or not, as the bytes of its files."""
+    ct = import_coremltools()
+    cto = import_coremltools("coremltools.optimize.coreml")
+    set_fused_attn(request.param.endswith("18"))
+    torch.manual_seed(0)
+    sizes = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    module = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=4, **sizes).eval()
+    with quiet(), torch.no_grad():
+        model = ct.convert(
+            torch.jit.trace(module, torch.zeros(1, 1, 8, 8), check_trace=False),
+            inputs=[ct.ImageType(name="image", shape=(1, 1, 8, 8), color_layout=ct.colorlayout.GRAYSCALE)],
+            outputs=[ct.TensorType(name="logits", dtype=np.float32)],
+            minimum_deployment_target=ct.target.iOS18 if request.param.endswith("18") else ct.target.iOS16,
+            compute_precision=ct.precision.FLOAT32 if request.param == "fp32" else ct.precision.FLOAT16,
+            skip_model_load=True,
+        )
+        if request.param.startswith("int8"):
+            quantizer = cto.OpLinearQuantizerConfig(mode="linear_symmetric", weight_threshold=0)
+            model = cto.linear_quantize_weights(model, cto.OptimizationConfig(global_config=quantizer))
+        elif request.param.startswith("4 bits"):
+            palettizer = cto.OpPalettizerConfig(mode="uniform", nbits=4, weight_threshold=0)
+            model = cto.palettize_weights(model, cto.OptimizationConfig(global_config=palettizer))
+        path = tmp_path_factory.mktemp("damage") / "m.mlpackage"
+        model.save(str(path))
+    return in_memory(path)
+
+
+def outcome(files: dict[str, bytes]) -> str:
+    """``"answered"`` or the sentence of the refusal; any other exception is the failure that is looked for."""
+    try:
+        CoreMLEvaluator(files).logits(np.zeros((1, 1, 8, 8), np.float32))
+    except InputError as error:
+        return str(error)
+    return "answered"
+
+
+@contextlib.contextmanager
+def limited_memory() -> Iterator[None]:
+    """At most 1 GB more of address space than now (on Linux), so that a huge allocation fails here and is seen."""
+    used = Path("/proc/self/statm")
+    if not used.exists():
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(used.read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 30), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@pytest.mark.parametrize("name", [MODEL_PATH, WEIGHTS_PATH])
+def test_flipped_bits_are_an_answer_or_a_sentence(name: str, transformer: dict[str, bytes]) -> None:
+    assert outcome(transformer) == "answered"
+    chance = random.Random(7)
+    refused = 0
+    with limited_memory():
+        for _ in range(FLIPS):
+            data = bytearray(transformer[name])
+            for _ in range(chance.choice((1, 1, 3))):
+                data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+            sentence = outcome({**transformer, name: bytes(data)})
+            assert "MemoryError" not in sentence and "allocate" not in sentence
+            assert "\n" not in sentence
+            refused += sentence != "answered"
+    assert refused > (FLIPS // 10 if name == MODEL_PATH else 0)
+
+
+@pytest.mark.parametrize("name", [MODEL_PATH, WEIGHTS_PATH])
+def test_truncated_files_are_refused(name: str, transformer: dict[str, bytes]) -> None:
+    data = transformer[name]
+    for keep in sorted({0, 1, 63, 64, 100, *range(0, len(data), max(1, len(data) // 40)), len(data) - 1}):
+        sentence = outcome({**transformer, name: data[:keep]})
+        assert sentence != "answered", f"{keep} of {len(data)} bytes of {name} were enough"

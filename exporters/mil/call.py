@@ -23,10 +23,11 @@ class Value:
 
 @dataclass(frozen=True)
 class Call:
-    """One operation with its parameters' values."""
+    """One operation with its parameters' values, in a program for iOS ``target``."""
 
     operation: Operation
     values: dict[str, tuple[Value, ...]]
+    target: int
 
     @property
     def per_image(self) -> bool:
@@ -79,11 +80,37 @@ class Call:
         """A constant parameter as ``count`` truth values; all false if it was not given."""
         return tuple(map(bool, self.constant(name))) if self.has(name) else (False,) * count
 
+    def axis(self, name: str, rank: int, default: int | None = None) -> int:
+        """A constant parameter as one axis of an array with the images in front; ``rank`` counts without them.
+
+        ``default`` is the program's axis if the parameter was not given.
+        """
+        axis = self.integer(name, default)
+        if not -rank <= axis < rank:
+            raise self.unknown(f"has {name!r} {axis} for {rank} axes")
+        return axis % rank + 1
+
     def axes(self, name: str, rank: int) -> tuple[int, ...]:
-        """A constant parameter as axes of an array with the images in front; ``rank`` counts without them."""
-        return tuple(axis % rank + 1 for axis in self.integers(name))
+        """As :meth:`axis`, for several."""
+        axes = self.integers(name)
+        if any(not -rank <= axis < rank for axis in axes):
+            raise self.unknown(f"has {name!r} {axes} for {rank} axes")
+        return tuple(axis % rank + 1 for axis in axes)
+
+    def expect(self, shape: tuple[int, ...], output: int = 0) -> None:
+        """Refuse the operation if it would make ``shape`` (without the images) and the program declares another.
+
+        Called before memory is asked for by the operators that make more values than they are given.
+        """
+        declared = self.operation.outputs[output].type
+        if declared is not None and tuple(shape) != declared.shape:
+            raise InputError(
+                f"The operator {self.operation.type!r} gives {self.operation.outputs[output].name!r} the shape "
+                f"{tuple(shape)}; the program declares {declared.shape}."
+            )
 
     def unknown(self, what: str) -> InputError:
         """The error for a use of the operator that the evaluator does not know; ``what`` goes on its name."""
-        label = self.operation.outputs[0].name if self.operation.outputs else "?"
-        return InputError(f"The operator {self.operation.type!r} (it makes {label!r}) {what}, unknown here.")
+        return InputError(
+            f"The operator {self.operation.type!r} (it makes {self.operation.label!r}) {what}, unknown here."
+        )
