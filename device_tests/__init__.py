@@ -4,3 +4,6 @@ Rules of this room: an attack proposes and the harness judges; a figure carries 
 "not measured" is a value and never a pass. This file imports nothing heavy: a device loads
 ``device_tests.validate`` with NumPy, onnxruntime and cryptography alone.
 """
+
+# First of all, because modules here import onnxruntime: this turns its telemetry off.
+import exporters as exporters

@@ -1,4 +1,4 @@
-"""The package folder: written, signed and opened; what is trusted is decided in ``package_rules``.
+"""The package: written, signed and opened, from a folder or from memory; ``package_rules`` decides what is trusted.
 
 Rules of this module: a package is a folder of plain files, without links, special files or empty folders.
 A candidate has ``manifest.json`` only; ``manifest.sig`` beside it makes it released. A reader gets bytes only
@@ -74,12 +74,35 @@ class OpenPackage:
         For libraries that load from a path: give a private folder, so that they load what was checked.
         Raises :class:`PackageError` if the package has no such folder.
         """
-        files = [file for file in self.manifest.files if file.startswith(f"{name}/")]
-        if not files:
-            raise PackageError(f"The package has no folder {shown(name)}; get one that was exported with it.")
-        for file in files:
+        for file in _files_below(self.manifest, name):
             write_atomic(destination / file, self.read(file))
         return destination / name
+
+
+@dataclass(frozen=True)
+class MemoryPackage:
+    """A verified package that lies in memory only; ``digest`` is the SHA-256 (hex) of its manifest's bytes.
+
+    ``read(name)`` goes to ``OnnxRuntime``, and ``folder("model.mlpackage")`` to a reader of Core ML packages that
+    takes files by their path; neither touches the disk.
+    """
+
+    manifest: Manifest
+    digest: str
+    _content: Mapping[str, bytes] = dataclasses.field(repr=False)
+
+    def read(self, name: str) -> bytes:
+        """The content of one file. Raises :class:`PackageError` if the package has no such file."""
+        if name not in self._content:
+            raise PackageError(f"The package has no file {shown(name)}; get one that was exported with it.")
+        return self._content[name]
+
+    def folder(self, name: str) -> Mapping[str, bytes]:
+        """The files of the folder ``name`` of the package by their path inside it, ``/`` between folders.
+
+        Raises :class:`PackageError` if the package has no such folder.
+        """
+        return {file.removeprefix(f"{name}/"): self.read(file) for file in _files_below(self.manifest, name)}
 
 
 def open_package(
@@ -97,6 +120,34 @@ def open_package(
     verified = verify_manifest(manifest, signature, public_key, device_id=device_id, fleet_id=fleet_id)
     _check_content(folder, verified.manifest)
     return OpenPackage(folder, verified.manifest, verified.digest)
+
+
+def open_package_bytes(
+    files: Mapping[str, bytes], public_key: bytes, *, device_id: str | None = None, fleet_id: str | None = None
+) -> MemoryPackage:
+    """Open a package that never lay on this disk, and verify all of it; ``files`` is content by path.
+
+    ``files`` holds every file of the package, ``manifest.json`` and ``manifest.sig`` among them, with ``/`` between
+    folders; ``public_key`` is 32 raw bytes. Raises :class:`PackageError` with the first reason to refuse.
+    """
+    # Taken once: what is checked here is what is read later, whatever becomes of the caller's mapping.
+    content = dict(files)
+    for name, data in content.items():
+        if type(name) is not str or type(data) is not bytes:
+            raise PackageError(
+                f"The file {shown(name)} is given as {type(data).__name__}; give each file's path as text and its "
+                "content as immutable bytes."
+            )
+    manifest = content.pop(MANIFEST_NAME, None)
+    if manifest is None:
+        raise PackageError(f"This is not a package, without {MANIFEST_NAME}; give all files of a package.")
+    signature = content.pop(SIGNATURE_NAME, None)
+    # The signature first: the digests of what a stranger sends cost time.
+    trusted = verify_manifest(manifest, signature, public_key, device_id=device_id, fleet_id=fleet_id)
+    check_listing(trusted.manifest, {name: len(data) for name, data in content.items()})
+    for name, data in content.items():
+        check_file(trusted.manifest, name, FileDigest.of(data))
+    return MemoryPackage(trusted.manifest, trusted.digest, content)
 
 
 def inspect_package(folder: Path) -> tuple[Manifest, bool]:
@@ -146,6 +197,13 @@ def digest_folder(folder: Path) -> dict[str, FileDigest]:
     Raises :class:`PackageError` for links, special files, empty folders and names that are not UTF-8.
     """
     return {name: _digest(folder, name) for name in sorted(_list_folder(folder))}
+
+
+def _files_below(manifest: Manifest, name: str) -> list[str]:
+    files = [file for file in manifest.files if file.startswith(f"{name}/")]
+    if not files:
+        raise PackageError(f"The package has no folder {shown(name)}; get one that was exported with it.")
+    return files
 
 
 def _check_content(folder: Path, manifest: Manifest) -> None:
