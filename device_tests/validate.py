@@ -2,9 +2,10 @@
 
 It opens the package (signature, digests, device), loads the model from the very bytes that were checked, runs
 the golden images again, measures latency, and accuracy where labelled images are given, and returns a
-receipt. Rules of this module: standard library, numpy, onnxruntime and cryptography only (coremltools is
-loaded by the Core ML runtime alone). A package that cannot be trusted or run is an error; one that runs but
-does not reproduce what was signed is a receipt that did not pass.
+receipt. An adapter package is put on its base package, which is verified in the same way. Rules of this module:
+standard library, numpy, onnxruntime and cryptography only (coremltools is loaded by the Core ML runtime alone). A
+package that cannot be trusted or run is an error; one that runs but does not reproduce what was signed is a receipt
+that did not pass.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from device_tests.images import from_8bit
 from device_tests.labelled_images import read_labelled_images
 from device_tests.latency import measure_latency
 from device_tests.receipt import Receipt
+from exporters.adapter.pair import assemble_one, open_base_of, run_on_base
 from exporters.golden import GOLDEN_NAME, Golden, read_golden
 from exporters.manifest import Manifest, utc_text
 from exporters.measured import NotMeasured
@@ -36,11 +38,13 @@ from keys.errors import InputError, PackageError
 class DeviceRuntime:
     """A way to run a package's model.
 
-    ``load`` gets the package and an empty private folder to unpack into; ``distribution`` is the
-    installed one whose version the receipt names; ``limits`` are those that the factory's parity check used.
+    ``load`` gets the package and an empty private folder to unpack into, ``load_on_base`` an adapter package, its base
+    and such a folder; ``distribution`` is the installed one whose version the receipt names; ``limits`` are those that
+    the factory's parity check used.
     """
 
     load: Callable[[OpenPackage, Path], Runtime]
+    load_on_base: Callable[[OpenPackage, OpenPackage, Path], Runtime]
     distribution: str
     limits: ParityLimits
 
@@ -52,14 +56,16 @@ def validate(
     device_id: str | None = None,
     data: Path | None = None,
     minimum_accuracy: float | None = None,
+    base: Path | None = None,
     runtime: DeviceRuntime,
 ) -> Receipt:
     """Check the package in ``folder`` and run its model on this device.
 
     ``public_key``: the factory's, 32 raw bytes. ``device_id``: this device's, where it is known. ``data``: an
     .npz file of labelled images (see :mod:`device_tests.labelled_images`); the accuracy on them must reach
-    ``minimum_accuracy`` (a share in [0, 1]) where given. Raises :class:`PackageError` if the package is
-    refused and :class:`InputError` if the data or the runtime cannot be used.
+    ``minimum_accuracy`` (a share in [0, 1]) where given. ``base``: for an adapter package the folder of the base
+    package that it runs on. Raises :class:`PackageError` if a package is refused and :class:`InputError` if the data or
+    the runtime cannot be used.
     """
     if minimum_accuracy is not None and not 0 <= minimum_accuracy <= 1:
         raise InputError(f"The minimum accuracy must lie between 0 and 1, not {minimum_accuracy}.")
@@ -67,10 +73,14 @@ def validate(
         raise InputError("A minimum accuracy needs labelled images to measure it on; give them with --data.")
     package = open_package(folder, public_key, device_id=device_id)
     manifest = package.manifest
+    if base is not None and manifest.kind != "adapter":
+        raise InputError(f"A package of kind {manifest.kind} runs by itself; leave out --base.")
+    below = open_base_of(package, base, public_key) if manifest.kind == "adapter" else None
     golden = read_golden(package.read(GOLDEN_NAME), manifest.input, len(manifest.labels))
     labelled = None if data is None else read_labelled_images(data, manifest.input, len(manifest.labels))
     with tempfile.TemporaryDirectory(prefix="keyfoundry-") as scratch:
-        model = runtime.load(package, Path(scratch))
+        place = Path(scratch)
+        model = runtime.load(package, place) if below is None else runtime.load_on_base(package, below, place)
         parity = _run_golden(model, golden, runtime.limits, manifest)
         measured: Measured = NotMeasured("no labelled images were given")
         if labelled is not None:
@@ -98,6 +108,10 @@ def _load_onnx(package: OpenPackage, scratch: Path) -> Runtime:
     return OnnxRuntime(package.read("model.onnx"))
 
 
+def _load_onnx_on_base(package: OpenPackage, base: OpenPackage, scratch: Path) -> Runtime:
+    return run_on_base(package, base, scratch)
+
+
 def _load_core_ml(package: OpenPackage, scratch: Path) -> Runtime:
     from exporters.run_coreml import CoreMLPredict
 
@@ -105,8 +119,14 @@ def _load_core_ml(package: OpenPackage, scratch: Path) -> Runtime:
     return CoreMLPredict(package.copy_folder("model.mlpackage", scratch))
 
 
-ONNXRUNTIME = DeviceRuntime(_load_onnx, "onnxruntime", ONNX_FP32)
-CORE_ML = DeviceRuntime(_load_core_ml, "coremltools", COREML_FP16)
+def _load_core_ml_on_base(package: OpenPackage, base: OpenPackage, scratch: Path) -> Runtime:
+    from exporters.run_coreml import CoreMLPredict
+
+    return CoreMLPredict(assemble_one(package, base, "model.mlpackage", scratch))
+
+
+ONNXRUNTIME = DeviceRuntime(_load_onnx, _load_onnx_on_base, "onnxruntime", ONNX_FP32)
+CORE_ML = DeviceRuntime(_load_core_ml, _load_core_ml_on_base, "coremltools", COREML_FP16)
 
 # The names that ``--runtime`` takes.
 RUNTIMES = {"onnxruntime": ONNXRUNTIME, "coreml": CORE_ML}

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from factory.low_rank_layers import merge_low_rank
 from factory.settings import RecipeSettings
 from keys.errors import InputError
 from keys.files import folder_being_written, sha256_file, write_atomic
@@ -55,9 +56,14 @@ def trainable_parameters(model: nn.Module) -> int:
 
 
 def merge(model: nn.Module) -> VisionTransformer:
-    """A plain timm ViT with the adapter merged into its weights; ``model`` itself is left as it is."""
-    model = copy.deepcopy(model)
-    merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
+    """A plain timm ViT with the adapter merged into its weights; ``model`` itself is left as it is.
+
+    LoRA is merged by :mod:`exporters.low_rank`, so that a device can merge to the same bits.
+    """
+    merged = copy.deepcopy(model)
+    if isinstance(merged, PeftModel):
+        merge_low_rank(merged)
+        merged = merged.unload()
     assert isinstance(merged, VisionTransformer)
     for parameter in merged.parameters():
         parameter.requires_grad = False

@@ -32,6 +32,7 @@ def validate_command(
     runtime: Annotated[
         str, typer.Option(help="onnxruntime, or coreml (macOS with the extra 'coreml').")
     ] = "onnxruntime",
+    base: Annotated[Path | None, typer.Option(help="For an adapter package: the folder of its base package.")] = None,
     receipt: Annotated[
         Path | None, typer.Option(help="Where to write the receipt (JSON); default: standard output.")
     ] = None,
@@ -50,7 +51,7 @@ def validate_command(
         raise InputError(f"Unknown runtime {runtime!r}; choose {' or '.join(RUNTIMES)}.")
     result = validate(
         package, read_public_key(public_key), device_id=device_id, data=data, minimum_accuracy=minimum_accuracy,
-        runtime=RUNTIMES[runtime],
+        base=base, runtime=RUNTIMES[runtime],
     )  # fmt: skip
     if receipt is not None:
         write_receipt(receipt, result, package=package)
@@ -59,3 +60,36 @@ def validate_command(
     sys.stderr.write(f"{result.device_id}: {'valid' if result.passed else 'NOT valid'} with {result.runtime}\n")
     if not result.passed:
         raise CheckFailed(" ".join(result.reasons))
+
+
+@device_app.command("assemble")
+def assemble_command(
+    adapter: Annotated[Path, typer.Argument(help="The adapter package's folder.")],
+    base: Annotated[Path, typer.Option(help="The folder of the base package that the device holds.")],
+    public_key: Annotated[Path, typer.Option(help="The fleet's signing-key.pub, received apart from the packages.")],
+    out: Annotated[Path, typer.Option(help="A new folder for the device's Core ML packages.")],
+    device_id: Annotated[str | None, typer.Option(help="This device's id; refuse another device's package.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Write a device's Core ML packages from base and adapter package, byte for byte as the full package has them.
+
+    \b
+    Example: keyfoundry device assemble adapter --base base --public-key signing-key.pub --out models
+    """
+    from exporters.adapter.pair import assemble_coreml, open_base_of
+    from exporters.package import open_package
+    from keys.signing import read_public_key
+
+    key = read_public_key(public_key)
+    package = open_package(adapter, key, device_id=device_id)
+    if package.manifest.kind != "adapter":
+        raise InputError(f"{adapter} holds a package of kind {package.manifest.kind}, which needs no assembling.")
+    folders = assemble_coreml(package, open_base_of(package, base, key), out)
+    received = sum(entry.size for entry in package.manifest.files.values())
+    written = {str(folder): sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) for folder in folders}
+    if json_output:
+        typer.echo(json.dumps({"adapter_bytes": received, "written": written}, indent=2))
+    else:
+        for folder, size in written.items():
+            typer.echo(f"{folder}: {size:,} bytes")
+        sys.stderr.write(f"{package.manifest.device_id}: assembled from an adapter package of {received:,} bytes\n")
