@@ -115,6 +115,18 @@ class Decision:
         }
 
 
+@dataclass(frozen=True, eq=False)
+class QuantisedFigures:
+    """What the rule reads of a quantised format: two accuracies on the same images, and who was fooled.
+
+    ``worst_fooled``: as in :func:`decide`, for the format itself.
+    """
+
+    base_accuracy: Measured
+    accuracy: Measured
+    worst_fooled: np.ndarray | NotMeasured
+
+
 def decide(
     rule: ReleaseRule,
     *,
@@ -122,17 +134,25 @@ def decide(
     device_accuracy: Measured,
     parities: Mapping[str, ParityVerdict | NotMeasured],
     worst_fooled: np.ndarray | NotMeasured,
+    quantised: Mapping[str, QuantisedFigures] | None = None,
 ) -> Decision:
     """Apply the rule to one device.
 
     ``base_accuracy`` and ``device_accuracy``: on the same test images. ``parities``: one entry for each runtime that
     must have been compared with the trained model; a runtime that another one stands in for is left out by the
     caller, one that is named and not measured rejects. ``worst_fooled``: for each image that the device gets
-    right when clean, in the test set's fixed order, whether any counted attack fools it (bool n).
+    right when clean, in the test set's fixed order, whether any counted attack fools it (bool n). ``quantised``:
+    for each quantised format of the package; each has to meet by itself what the model has to meet.
     """
     applied, transfer = _transfer(rule, worst_fooled)
-    conditions = (_accuracy(rule, base_accuracy, device_accuracy), *_parities(parities), transfer)
-    return Decision(rule, conditions, applied)
+    conditions = [_accuracy(rule, base_accuracy, device_accuracy), *_parities(parities), transfer]
+    for name, figures in (quantised or {}).items():
+        _, fooled = _transfer(rule, figures.worst_fooled)
+        for condition in (_accuracy(rule, figures.base_accuracy, figures.accuracy), fooled):
+            conditions.append(
+                Condition(f"{condition.name} {name}", condition.met, f"{name}: {condition.sentence}")
+            )
+    return Decision(rule, tuple(conditions), applied)
 
 
 def _accuracy(rule: ReleaseRule, base: Measured, device: Measured) -> Condition:

@@ -56,7 +56,7 @@ def encode(name: str, values: np.ndarray, tensor: str) -> memoryview:
                 f"The tensor {tensor} holds {largest:g}, more than float16 can ({_LARGEST_FLOAT16:g}); export it in "
                 "fp32."
             )
-    return memoryview(np.ascontiguousarray(ENCODINGS[name].apply(values)).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(ENCODINGS[name].apply(values)).reshape(-1).view(np.uint8).data
 
 
 def _cast(dtype: str) -> Callable[[np.ndarray], np.ndarray]:

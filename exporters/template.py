@@ -36,7 +36,7 @@ _RECORD = "template.json"
 _BLOCK = 2**22
 # Searched byte by byte only in small files: programs, which hold small tensors in line.
 _LARGEST_SEARCHED = 2**25
-_SHORTEST_FOUND = 8
+_SHORTEST_FOUND = 4
 # Below float16's range: encodings that round such numbers in different ways must not look alike in a probe.
 _TINY = 1e-9
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,14 +65,24 @@ class Examination:
     canaries: Canaries | None
 
 
+@dataclass(frozen=True, eq=False)
+class Quantised:
+    """What a quantised format answers: clean accuracy beside the base's on the same images, and under attack."""
+
+    base_clean: Proportion
+    clean: Proportion
+    judgement: TargetJudgement
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """Everything measured about one candidate, and what was decided."""
+    """Everything measured about one candidate, and what was decided. ``quantised``: by the format's title."""
 
     candidate: Candidate
     clean: Proportion
     parity: dict[str, Parity | NotMeasured]
     judgement: TargetJudgement
+    quantised: Mapping[str, Quantised]
     examination: Examination
     decision: Decision
 

@@ -20,6 +20,7 @@ from device_tests.report.document import (
     Machine,
     ParityNotMeasured,
     ParityReport,
+    QuantisedReport,
     ReportDocument,
     RuleReport,
     SelfCheckBudget,
@@ -143,6 +144,13 @@ def _target(fleet: Fleet, verdict: Verdict, base_clean: Proportion) -> TargetRep
         worst_case=verdict.judgement.worst_case,
         by_class=by_class_of(verdict.judgement, fleet.splits.labels),
         formats=formats_of(verdict.examination.formats),
+        quantised=tuple(
+            QuantisedReport(
+                format=name, clean=one.clean, accuracy_drop=accuracy_drop(one.base_clean, one.clean),
+                worst_case=one.judgement.worst_case,
+            )
+            for name, one in verdict.quantised.items()
+        ),
         canaries=canaries_report(verdict.examination.canaries),
         decision=DecisionReport.of(verdict.decision),
         package=str(verdict.candidate.package.relative_to(fleet.folder.root)) if released else None,

@@ -18,7 +18,7 @@ from device_tests.accuracy import accuracy
 from device_tests.attacks.attack import Attack
 from device_tests.evidence import Proportion
 from device_tests.foreign_source import PROBES, load_source
-from device_tests.release_rule import decide
+from device_tests.release_rule import QuantisedFigures, decide
 from device_tests.report.render import write_report
 from device_tests.threats import Source, Threat
 from device_tests.transfer import judge
@@ -38,6 +38,7 @@ from factory.fleet_report import report_document, report_examples
 from factory.folding import bake
 from factory.packaging import ONNX_NAME, Identity, export_package, export_plan, fleet_templates, parity_of
 from factory.progress import Progress, log_to
+from factory.quantised import judge_quantised
 from factory.queries import query_attacks
 from factory.registry import Registry
 from factory.release import check_enough_images, publish, release_rule
@@ -249,12 +250,17 @@ def judge_candidate(
             self_checks(facing), required=required_threats(fleet), weak=weak_sources(facing, clean),
         )  # fmt: skip
         stage.advance()
+    quantised = judge_quantised(fleet, candidate, public_base(fleet), facing, on, required_threats(fleet))
     examination = examine(fleet, candidate, public_base(fleet), facing, on)
     decision = decide(
         release_rule(fleet.settings.release), base_accuracy=base_clean, device_accuracy=clean, parities=parity,
         worst_fooled=judgement.worst_fooled,
+        quantised={
+            name: QuantisedFigures(one.base_clean, one.clean, one.judgement.worst_fooled)
+            for name, one in quantised.items()
+        },
     )  # fmt: skip
-    return Verdict(candidate, clean, parity, judgement, examination, decision)
+    return Verdict(candidate, clean, parity, judgement, quantised, examination, decision)
 
 
 def required_threats(fleet: Fleet) -> tuple[Threat, ...]:

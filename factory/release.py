@@ -52,6 +52,14 @@ def evidence_of(fleet: Fleet, verdict: Verdict, base_clean: Proportion) -> dict[
         "parity": {name: value.to_json() for name, value in verdict.parity.items()},
         "cells": [cell.to_json() for cell in verdict.judgement.cells],
         "threats": [threat.to_json() for threat in verdict.judgement.threats],
+        "quantised": {
+            name: {
+                "base_accuracy": one.base_clean.to_json(), "accuracy": one.clean.to_json(),
+                "cells": [cell.to_json() for cell in one.judgement.cells],
+                "worst_case": one.judgement.worst_case.to_json(),
+            }
+            for name, one in verdict.quantised.items()
+        },
         "queries": [] if queries is None else [cell.to_json() for cell in queries.judgement.cells],
         "formats": formats.to_json(),
         "canaries": None if canaries is None else canaries.to_json(),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from device_tests.evidence import Measured, Proportion
-from device_tests.release_rule import Decision, ParityVerdict, ReleaseRule, decide
+from device_tests.release_rule import Decision, ParityVerdict, QuantisedFigures, ReleaseRule, decide
 from exporters.measured import NotMeasured
 from keys.errors import InputError
 
@@ -136,3 +136,17 @@ def test_a_rule_that_states_no_test_is_refused_at_once() -> None:
         ReleaseRule(p0=0.1, p1=0.05, alpha=0.05, beta=0.05)
     with pytest.raises(InputError, match="accuracy drop"):
         ReleaseRule(p0=0.05, p1=0.1, alpha=0.05, beta=0.05, allowed_accuracy_drop=3)
+
+
+@pytest.mark.parametrize(("accuracy", "worst"), list(product(ACCURACIES, WORST)), ids=lambda case: str(case[1]))
+def test_a_quantised_format_has_to_meet_the_rule_by_itself(
+    accuracy: tuple[Measured, bool], worst: tuple[np.ndarray | NotMeasured, bool]
+) -> None:
+    decision = decide(
+        RULE, base_accuracy=BASE, device_accuracy=BASE, parities=PARITIES[0][0], worst_fooled=WORST[0][0],
+        quantised={"ONNX int8": QuantisedFigures(BASE, accuracy[0], worst[0])},
+    )  # fmt: skip
+    assert decision.released is (accuracy[1] and worst[1])
+    assert all(reason.startswith("ONNX int8: ") for reason in decision.reasons)
+    names = [condition.name for condition in decision.conditions]
+    assert names[-2:] == ["accuracy ONNX int8", "transfer ONNX int8"]

@@ -92,6 +92,7 @@ def test_a_patched_device_has_the_bytes_of_a_full_conversion(
     plan = replace(PLAN, target=target)
     seen = conversions(monkeypatch)
     first = exported(make(1), tmp_path / "1", plan, templates)
+    assert told == []
     assert len(seen) == 2  # the first device, and the probe that becomes the template
     second = exported(make(2), tmp_path / "2", plan, templates)
     assert len(seen) == 2

@@ -362,6 +362,18 @@ class FormatUnderAttack(_Model):
     """Largest difference of a logit, over the largest logit; null where a logit was not finite."""
 
 
+class QuantisedReport(_Model):
+    """A quantised format that was judged by itself, as its model was."""
+
+    format: str
+    clean: ProportionJSON
+    """Clean accuracy: of ONNX on all test images, of Core ML on the attacked ones."""
+    accuracy_drop: float = Field(ge=-1, le=1)
+    """Base minus format on the same images, as a share."""
+    worst_case: ProportionJSON | NotMeasuredJSON
+    """The per-image worst over every attack of every threat in the rule, against the exported file."""
+
+
 class FormatNotAttacked(_Model):
     """A format that saw no adversarial image, and why."""
 
@@ -474,6 +486,8 @@ class TargetReport(_Model):
     by_class: tuple[ClassResult, ...]
     formats: tuple[FormatUnderAttack | FormatNotAttacked, ...] | NotMeasuredJSON
     """Every exported format under attack, beside torch."""
+    quantised: tuple[QuantisedReport, ...] = ()
+    """The quantised formats, each judged by itself; empty where a package has none."""
     canaries: CanariesReport | NotMeasuredJSON
     decision: DecisionReport
     package: Annotated[str | None, AfterValidator(_inside)]
