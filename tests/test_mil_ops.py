@@ -568,6 +568,26 @@ def test_float16_overflow_becomes_infinite(tmp_path: Path) -> None:
     assert np.isinf(evaluator.run({"in0": np.ones((1, 1, 4), np.float32)})["out"]).all()
 
 
+def test_the_first_overflow_is_named(tmp_path: Path) -> None:
+    evaluator = convert(Calls(lambda x: (x * x * 300).relu().sum(-1)), ((1, 4),), "fp16", tmp_path)
+    values = np.ones((600, 1, 4), np.float32)
+    assert evaluator.first_overflow({"in0": values}) is None
+    # 20·20·300 is more than float16 holds; in another batch than the first.
+    values[-1, 0, 2] = 20
+    found = evaluator.first_overflow({"in0": values})
+    assert found is not None
+    assert "(float16), which the operator 'mul' makes of finite values: it gives values up to 120000" in found
+
+
+def test_a_mask_of_infinite_values_is_no_overflow(tmp_path: Path) -> None:
+    mask = torch.tensor([0.0, 0.0, -torch.inf, 0.0])
+    evaluator = convert(Calls(lambda x: (x + mask).softmax(-1) * 60000 * (x + 1)), ((1, 4),), "fp16", tmp_path)
+    assert np.isinf(evaluator.run({"in0": np.full((1, 1, 4), 100, np.float32)})["out"]).any()
+    found = evaluator.first_overflow({"in0": np.full((1, 1, 4), 100, np.float32)})
+    assert found is not None
+    assert "'mul' makes of finite values" in found
+
+
 def test_examples_do_not_influence_each_other(tmp_path: Path) -> None:
     evaluator = convert(
         nn.Sequential(nn.Conv2d(4, 6, 4, 4), nn.Flatten(2), nn.LayerNorm(4)), (IMAGE,), "fp32", tmp_path

@@ -221,6 +221,22 @@ def test_files_missing_in_memory_are_named(name: str, sentence: str, package: Pa
         CoreMLEvaluator(files)
 
 
+def test_the_first_overflow_of_a_package_is_named(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)).eval()
+    with torch.no_grad():
+        module[1].weight.fill_(4000)
+        module[1].bias.zero_()
+    contract = InputContract(channels=1, height=8, width=8, resize="none")
+    export_coreml(module, tmp_path / "m.mlpackage", contract, list("abcd"), precision="fp16")
+    evaluator = CoreMLEvaluator(tmp_path / "m.mlpackage")
+    assert evaluator.first_overflow(np.zeros((1, 1, 8, 8), np.float32)) is None
+    white = np.ones((1, 1, 8, 8), np.float32)
+    assert not np.isfinite(evaluator.logits(white)).all()
+    found = evaluator.first_overflow(white)
+    assert found is not None
+    assert "which the operator 'linear' makes of finite values: it gives values up to 256000" in found
+
+
 # ---- damage by chance ---------------------------------------------------------------------------------------
 
 

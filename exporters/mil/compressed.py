@@ -42,7 +42,7 @@ def _sparse_blockwise_shift_scale(call: Call) -> tuple[np.ndarray, ...]:
     return mask[np.newaxis], values[mask != 0][np.newaxis]
 
 
-@operator("constexpr_lut_to_dense", "indices lut shape vector_axis", moves=True)
+@operator("constexpr_lut_to_dense", "indices lut shape vector_axis")
 def _lut_to_dense(call: Call) -> np.ndarray:
     """Indices replaced by entries of a table.
 
@@ -72,7 +72,7 @@ def _lut_to_sparse(call: Call) -> tuple[np.ndarray, ...]:
     return mask[np.newaxis], values[mask != 0][np.newaxis]
 
 
-@operator("constexpr_sparse_to_dense", "nonzero_data mask shape", moves=True)
+@operator("constexpr_sparse_to_dense", "nonzero_data mask shape")
 def _sparse_to_dense(call: Call) -> np.ndarray:
     """Values where the mask is 1, zero elsewhere; with ``shape`` (to iOS 17) the mask is packed in bytes."""
     mask = call.constant("mask")
