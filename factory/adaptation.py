@@ -1,7 +1,8 @@
 """How a copy of the base is made trainable: LoRA by peft, full fine-tuning, or patch embedding and head.
 
-The paper puts LoRA on the patch embedding and on every qkv, and trains the head in full (Section IV-C). Its
-figure of 1.38 M trainable parameters (Table II) is ViT-B/16 with r = 16 and 1,000 classes.
+The paper puts LoRA on the patch embedding and on every qkv (here also on q, k and v where they are separate), and
+trains the head in full (Section IV-C). Its figure of 1.38 M trainable parameters (Table II) is ViT-B/16 with r = 16
+and 1,000 classes.
 """
 
 from __future__ import annotations
@@ -13,20 +14,18 @@ from pathlib import Path
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from factory.low_rank_layers import merge_low_rank
 from factory.settings import RecipeSettings
+from factory.vits import KeyedVit, attention_projections, heads
 from keys.errors import InputError
 from keys.files import folder_being_written, sha256_file, write_atomic
 
-_QKV = r"(.*\.)?attn\.qkv"
-_PATCH_EMBEDDING_AND_QKV = r"(.*\.)?(patch_embed\.proj|attn\.qkv)"
 _WEIGHTS = "adapter_model.safetensors"
 
 
-def adapt(vit: VisionTransformer, recipe: RecipeSettings) -> nn.Module:
+def adapt(vit: KeyedVit, recipe: RecipeSettings) -> nn.Module:
     """A copy of ``vit`` in which exactly the recipe's parameters require gradients.
 
     A re-initialised patch embedding is drawn from torch's global generator, and trained in full.
@@ -41,13 +40,21 @@ def adapt(vit: VisionTransformer, recipe: RecipeSettings) -> nn.Module:
             model,  # type: ignore[arg-type] – peft takes any module, its annotation says transformers' only
             LoraConfig(
                 r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout,  # type: ignore[arg-type]
-                target_modules=_QKV if recipe.reinitialise_patch_embedding else _PATCH_EMBEDDING_AND_QKV,
-                modules_to_save=["head", "patch_embed.proj"] if recipe.reinitialise_patch_embedding else ["head"],
+                target_modules=_targets(vit, recipe),
+                modules_to_save=[*heads(vit), *(["patch_embed.proj"] if recipe.reinitialise_patch_embedding else [])],
             ),
         )  # fmt: skip
+    trained = tuple(f"{name}." for name in ("patch_embed.proj", *heads(vit)))
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = recipe.adaptation == "full" or name.startswith(("patch_embed.proj.", "head."))
+        parameter.requires_grad = recipe.adaptation == "full" or name.startswith(trained)
     return model
+
+
+def _targets(vit: KeyedVit, recipe: RecipeSettings) -> str:
+    """The pattern of the layers that get LoRA: attention projections, and the patch embedding unless it is new."""
+    layers = [] if recipe.reinitialise_patch_embedding else [r"patch_embed\.proj"]
+    layers += [rf"attn\.{name}" for name in attention_projections(vit)]
+    return r"(.*\.)?" + (layers[0] if len(layers) == 1 else f"({'|'.join(layers)})")
 
 
 def trainable_parameters(model: nn.Module) -> int:
@@ -55,7 +62,7 @@ def trainable_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def merge(model: nn.Module) -> VisionTransformer:
+def merge(model: nn.Module) -> KeyedVit:
     """A plain timm ViT with the adapter merged into its weights; ``model`` itself is left as it is.
 
     LoRA is merged by :mod:`exporters.low_rank`, so that a device can merge to the same bits.
@@ -64,7 +71,7 @@ def merge(model: nn.Module) -> VisionTransformer:
     if isinstance(merged, PeftModel):
         merge_low_rank(merged)
         merged = merged.unload()
-    assert isinstance(merged, VisionTransformer)
+    assert isinstance(merged, KeyedVit)
     for parameter in merged.parameters():
         parameter.requires_grad = False
     return merged.eval()
@@ -82,7 +89,7 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
             write_atomic(temporary / _WEIGHTS, save(trained))
 
 
-def load_adapter(vit: VisionTransformer, recipe: RecipeSettings, folder: Path) -> nn.Module:
+def load_adapter(vit: KeyedVit, recipe: RecipeSettings, folder: Path) -> nn.Module:
     """The adapted model that :func:`save_adapter` saved; raises InputError if it does not fit."""
     try:
         if recipe.adaptation == "lora":

@@ -19,12 +19,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from timm.layers.config import set_fused_attn
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from exporters.contract import InputContract
 from factory.seeds import derive_seed
 from factory.settings import BaseSettings
+from factory.vits import KeyedVit, checked_vit
 from keys.errors import InputError
 from keys.files import write_atomic
 
@@ -48,12 +48,13 @@ class Base:
     """The shared ViT, in evaluation mode, and everything that a device model inherits from it."""
 
     architecture: Architecture
-    vit: VisionTransformer
+    vit: KeyedVit
 
     @property
     def patch_size(self) -> int:
         """Side of one patch in pixels."""
-        height, width = self.vit.patch_embed.patch_size
+        embedding: Any = self.vit.patch_embed
+        height, width = embedding.patch_size
         if height != width:
             raise InputError(f"Base {self.architecture.name} has patches of {height}×{width}; they must be square.")
         return height
@@ -73,11 +74,11 @@ def weights_digest(module: nn.Module, prefix: str = "") -> str:
     return digest.hexdigest()
 
 
-def build_vit(architecture: Architecture, *, pretrained: bool = False, seed: int = 0) -> VisionTransformer:
+def build_vit(architecture: Architecture, *, pretrained: bool = False, seed: int = 0) -> KeyedVit:
     """Create the timm model of ``architecture``; random weights come from ``seed``.
 
     Fused attention is off: its bf16 backward is slow on CPUs, and the exported graphs stay plain.
-    Raises InputError if timm does not know the name, or the model is not a ViT with qkv projections.
+    Raises InputError if timm does not know the name, or the model cannot be keyed (see :mod:`factory.vits`).
     """
     set_fused_attn(False)
     if not timm.is_model(architecture.name):
@@ -101,32 +102,16 @@ def build_vit(architecture: Architecture, *, pretrained: bool = False, seed: int
     return vit
 
 
-def checked_vit(name: str, model: nn.Module) -> VisionTransformer:
-    """``model``, if it has what the keyed recipes adapt: a patch embedding and qkv projections.
-
-    Raises InputError for anything else (a ResNet, a ViT with separate q, k and v).
-    """
-    if (
-        not isinstance(model, VisionTransformer)
-        or not isinstance(getattr(model.patch_embed, "proj", None), nn.Conv2d)
-        or not all(isinstance(getattr(getattr(block, "attn", None), "qkv", None), nn.Linear) for block in model.blocks)
-    ):
-        raise InputError(
-            f"Base {name!r} is not a plain Vision Transformer (patch embedding by one convolution, qkv in one linear "
-            "layer); the recipes here adapt exactly those layers."
-        )
-    return model
-
-
-def _check_input(architecture: Architecture, vit: VisionTransformer) -> None:
+def _check_input(architecture: Architecture, vit: KeyedVit) -> None:
     """Raise InputError unless the model takes the contract's images, every pixel of them."""
     contract, projection = architecture.contract, vit.patch_embed.proj
+    embedding: Any = vit.patch_embed
     size = (contract.height, contract.width)
-    if vit.patch_embed.img_size != size or projection.in_channels != contract.channels:
+    if embedding.img_size != size or projection.in_channels != contract.channels:
         raise InputError(
             f"Base {architecture.name!r} does not take {contract.channels}×{contract.height}×{contract.width} images."
         )
-    if any(side % patch for side, patch in zip(size, vit.patch_embed.patch_size, strict=True)):
+    if any(side % patch for side, patch in zip(size, embedding.patch_size, strict=True)):
         raise InputError(  # timm would leave out the last rows and columns
             f"Patches of {projection.kernel_size[0]} pixels do not tile images of {contract.height}×{contract.width}; "
             f"choose another size or patch for base {architecture.name!r}."

@@ -11,12 +11,12 @@ from __future__ import annotations
 import copy
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from factory.adaptation import merge
 from factory.block_shuffle import BlockShuffle
 from factory.classifier import ImageClassifier
+from factory.vits import KeyedVit
 
 
 def bake(model: ImageClassifier) -> nn.Module:
@@ -29,16 +29,16 @@ def bake(model: ImageClassifier) -> nn.Module:
 
 def can_fold(model: ImageClassifier) -> bool:
     """Whether every patch consists of whole blocks, and patches neither overlap nor are padded."""
-    assert isinstance(model.vit, VisionTransformer)
+    assert isinstance(model.vit, KeyedVit)
     projection = _projection(model.vit)
     tiles = projection.stride == projection.kernel_size and projection.padding == (0, 0)
     side = projection.kernel_size[0]
     return tiles and (model.shuffle is None or side % model.shuffle.block_size == 0)
 
 
-def fold(model: ImageClassifier) -> VisionTransformer:
+def fold(model: ImageClassifier) -> KeyedVit:
     """Fold shuffle and normalisation into the patch embedding of a merged model; computed in float64."""
-    assert isinstance(model.vit, VisionTransformer)
+    assert isinstance(model.vit, KeyedVit)
     assert can_fold(model)
     vit = copy.deepcopy(model.vit)
     projection = _projection(vit)
@@ -59,7 +59,7 @@ def fold(model: ImageClassifier) -> VisionTransformer:
     return vit
 
 
-def _projection(vit: VisionTransformer) -> nn.Conv2d:
+def _projection(vit: KeyedVit) -> nn.Conv2d:
     assert isinstance(vit.patch_embed.proj, nn.Conv2d)
     return vit.patch_embed.proj
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from device_tests.evidence import Proportion
@@ -20,6 +19,7 @@ from factory.progress import Progress
 from factory.seeds import derive_seed
 from factory.settings import TrainingSettings
 from factory.train import Epoch, accuracy, train
+from factory.vits import KeyedVit
 from keys.files import write_atomic
 
 
@@ -69,7 +69,7 @@ def pretrain(
     return result
 
 
-def initialise(vit: VisionTransformer, seed: int) -> None:
+def initialise(vit: KeyedVit, seed: int) -> None:
     """Larger initial weights for the patch embedding (Xavier) and the position embedding (std 0.3) than timm's.
 
     On a small data set timm's start, made for long schedules, is slow: with 16 tokens and 16,000 Fashion-MNIST
