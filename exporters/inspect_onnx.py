@@ -1,4 +1,4 @@
-"""ONNX files and onnxruntime's own format, described by the onnx library and by onnxruntime's table reader."""
+"""ONNX files, described by the onnx library; onnxruntime's own format and adapters, by onnxruntime's readers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from exporters.inspection import Model, Node, Port, counted_parameters
-from exporters.run_onnx import OnnxRuntime
+from exporters.run_onnx import LOAD_ERRORS, OnnxRuntime
 from keys.errors import InputError
 
 T = TypeVar("T")
@@ -120,6 +120,25 @@ def _ort_model(path: Path, data: bytes, session: Any) -> Model:
         } | {"ORT format version": file.OrtVersion().decode()},
         metadata=dict(sorted(metadata.items())),
         graph_bytes=len(data) - weight_bytes, weight_bytes=weight_bytes, parameters=counted_parameters(tensors),
+    )  # fmt: skip
+
+
+def read_adapter(path: Path) -> Model:
+    """Describe an adapter in onnxruntime's format. Raises :class:`InputError` if it is damaged."""
+    import onnxruntime
+
+    reader: Any = onnxruntime.AdapterFormat
+    try:
+        adapter = reader.read_adapter(str(path))
+        # Copies: what onnxruntime hands out lies in the adapter's own memory.
+        tensors = {str(name): np.array(value.numpy()) for name, value in sorted(adapter.get_parameters().items())}
+    except (*LOAD_ERRORS, *_FAULTS, RuntimeError) as error:
+        raise _damaged(path, "onnxruntime cannot read it as an adapter") from error
+    size = sum(values.nbytes for values in tensors.values())
+    return Model(
+        path=path, kind="ONNX adapter", inputs=(), outputs=(), nodes=(), tensors=tensors,
+        versions={"adapter format version": str(adapter.get_format_version())}, metadata={},
+        graph_bytes=path.stat().st_size - size, weight_bytes=size, parameters=counted_parameters(tensors),
     )  # fmt: skip
 
 

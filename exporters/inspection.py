@@ -20,8 +20,10 @@ import numpy as np
 
 from keys.errors import InputError
 
-Kind = Literal["ONNX", "ORT", "Core ML"]
-_SUFFIXES: dict[str, Kind] = {".onnx": "ONNX", ".ort": "ORT", ".mlpackage": "Core ML"}
+Kind = Literal["ONNX", "ORT", "Core ML", "ONNX adapter"]
+_SUFFIXES: dict[str, Kind] = {
+    ".onnx": "ONNX", ".ort": "ORT", ".mlpackage": "Core ML", ".onnx_adapter": "ONNX adapter",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,10 @@ class Model:
 
     @property
     def batch(self) -> str:
-        """How many images it takes at once: a number, or ``any`` if that is free."""
-        shape = self.inputs[0].shape if self.inputs else ()
+        """How many images it takes at once: a number, ``any`` if that is free, nothing for an adapter."""
+        if not self.inputs:
+            return ""
+        shape = self.inputs[0].shape
         if self.kind == "Core ML":
             return "1"
         return str(shape[0]) if shape and isinstance(shape[0], int) else "any"
@@ -114,7 +118,7 @@ def model_kind(path: Path) -> Kind | None:
 
 
 def read_model(path: Path) -> Model:
-    """Describe ``model.onnx``, ``model.ort`` or ``model.mlpackage``.
+    """Describe ``model.onnx``, ``model.ort``, ``model.mlpackage`` or the tensors of an ``.onnx_adapter``.
 
     Raises :class:`InputError` if there is no such file, it is damaged, or its name says none of these formats.
     """
@@ -127,8 +131,10 @@ def read_model(path: Path) -> Model:
         from exporters.inspect_coreml import read_coreml
 
         return read_coreml(path)
-    from exporters.inspect_onnx import read_onnx, read_ort
+    from exporters.inspect_onnx import read_adapter, read_onnx, read_ort
 
+    if kind == "ONNX adapter":
+        return read_adapter(path)
     try:
         data = path.read_bytes()
     except OSError as error:

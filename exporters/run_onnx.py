@@ -24,7 +24,7 @@ from exporters.onnx_file import split
 from exporters.runtime import batches
 from keys.errors import InputError
 
-_LOAD_ERRORS = (
+LOAD_ERRORS = (
     ort_errors.Fail,
     ort_errors.InvalidArgument,
     ort_errors.InvalidGraph,
@@ -64,7 +64,7 @@ class OnnxRuntime:
         try:
             model = _from_memory(source, options) if isinstance(source, bytes) else str(source)
             self.session: Any = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        except (*_LOAD_ERRORS, InputError) as error:
+        except (*LOAD_ERRORS, InputError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"onnxruntime cannot load {where}: {reason}") from error
         inputs, outputs = self.session.get_inputs(), self.session.get_outputs()

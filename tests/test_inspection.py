@@ -220,6 +220,35 @@ def test_info_of_an_unsigned_adapter_says_what_it_needs(
     assert "unsigned (rejected, or not judged yet); nothing was verified" in out
 
 
+def test_an_adapter_is_read_and_other_forms_are_files(
+    device_package: Path, manifest: Manifest, keyfoundry: Run, tmp_path: Path
+) -> None:
+    values = {name: np.arange(size, dtype=np.float32) for name, size in (("layer.b", 6), ("layer.a", 8))}
+    adapter = onnxruntime.AdapterFormat()
+    adapter.set_parameters({name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in values.items()})
+    path = device_package / "adapter.onnx_adapter"
+    adapter.export_adapter(str(path))
+    (device_package / "delta.bin").write_bytes(b"delta")
+    formats = {
+        "onnx-adapter": FormatEntry(path.name, "onnxruntime", "fp32", {}),
+        "coreml-delta": FormatEntry("delta.bin", "coreml", "as the base", {}),
+    }
+    write_package(device_package, dataclasses.replace(manifest, kind="adapter", requires="c" * 64, formats=formats))
+    shown = parsed(keyfoundry("info", device_package, "--json"))
+    assert list(shown["models"]) == ["onnx-adapter"]
+    assert shown["models"]["onnx-adapter"]["parameters"] == 14
+    assert "layer" not in keyfoundry("info", device_package).out
+    assert {name: value.tolist() for name, value in read_model(path).tensors.items()} == {
+        name: value.tolist() for name, value in sorted(values.items())
+    }
+    adapter.set_parameters({"layer.a": onnxruntime.OrtValue.ortvalue_from_numpy(values["layer.a"] + 1)})
+    adapter.export_adapter(str(tmp_path / "other.onnx_adapter"))
+    found = compare_models(read_model(path), read_model(tmp_path / "other.onnx_adapter"))
+    assert ([change.name for change in found.changed], found.only_a) == (["layer.a"], ("layer.b",))
+    path.write_bytes(path.read_bytes()[:50])
+    refused(keyfoundry("info", path), 3, "adapter.onnx_adapter")
+
+
 def test_info_of_an_old_package(device_package: Path, keyfoundry: Run) -> None:
     document = json.loads((device_package / MANIFEST_NAME).read_text())
     for name in ("formats", "kind", "requires"):

@@ -39,7 +39,9 @@ class _Difference:
 
 
 def diff_command(
-    a: Annotated[Path, typer.Argument(metavar="A", help="A package's folder, or one .onnx, .ort or .mlpackage.")],
+    a: Annotated[
+        Path, typer.Argument(metavar="A", help="A package's folder, or one .onnx, .ort, .mlpackage or .onnx_adapter.")
+    ],
     b: Annotated[Path, typer.Argument(metavar="B", help="The same kind of thing.")],
     json_output: Json = False,
 ) -> None:
@@ -81,7 +83,7 @@ def _compare_models(a: Path, b: Path) -> _Difference:
 
 def _compare_packages(a: Path, b: Path) -> _Difference:
     from exporters.inspect_diff import Change, changes, compare_files, compare_manifests, compare_models
-    from exporters.inspection import read_model
+    from exporters.inspection import model_kind, read_model
     from exporters.package import digest_folder, inspect_package
 
     (first, signed_a), (second, signed_b) = inspect_package(a), inspect_package(b)
@@ -92,7 +94,8 @@ def _compare_packages(a: Path, b: Path) -> _Difference:
     files = compare_files(digest_folder(a), digest_folder(b))
     models: dict[str, ModelDifference] = {}
     for name, entry in first.formats.items():
-        if (other := second.formats.get(name)) is not None:
+        other = second.formats.get(name)
+        if other is not None and model_kind(Path(entry.path)) and model_kind(Path(other.path)):
             models[name] = compare_models(read_model(a / entry.path), read_model(b / other.path))
     evidence = changes(*(dict(evidence_rows(manifest.evidence)) for manifest in (first, second)))
     return _Difference(fields, evidence, files, models)

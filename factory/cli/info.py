@@ -20,7 +20,7 @@ _LABELS_SHOWN = 10
 
 
 def info_command(
-    path: Annotated[Path, typer.Argument(help="A package's folder, or one .onnx, .ort or .mlpackage.")],
+    path: Annotated[Path, typer.Argument(help="A package's folder, or one .onnx, .ort, .mlpackage or .onnx_adapter.")],
     public_key: Annotated[
         Path | None, typer.Option(help="Verify the package against this key; without it nothing is verified.")
     ] = None,
@@ -53,7 +53,7 @@ def _show_model(path: Path, model: Model, json_output: bool) -> None:
 
 
 def _show_package(path: Path, public_key: Path | None, json_output: bool) -> None:
-    from exporters.inspection import read_model
+    from exporters.inspection import model_kind, read_model
     from exporters.manifest import MANIFEST_NAME
     from exporters.package import inspect_package, open_package
     from keys.files import sha256_file
@@ -67,7 +67,9 @@ def _show_package(path: Path, public_key: Path | None, json_output: bool) -> Non
         manifest, signed = inspect_package(path)
         digest = sha256_file(path / MANIFEST_NAME)
         state = ("has a signature" if signed else "unsigned (rejected, or not judged yet)") + "; nothing was verified"
-    models = {name: read_model(path / entry.path) for name, entry in manifest.formats.items()}
+    # Other forms, such as a list of changes to a Core ML package, are files like any other.
+    known = {name: path / entry.path for name, entry in manifest.formats.items() if model_kind(Path(entry.path))}
+    models = {name: read_model(file) for name, file in known.items()}
     if json_output:
         described = {name: model.to_json() for name, model in models.items()}
         document = {"state": state, "digest": digest, "manifest": manifest.to_json(), "models": described}
