@@ -48,7 +48,7 @@ class OnnxRuntime:
     """An ONNX or ORT model ready to run.
 
     ``source`` is a path or the model's bytes (verified bytes need not touch the disk again); ``threads``
-    is the number of compute threads, onnxruntime's own choice if ``None``.
+    is the number of compute threads, onnxruntime's own choice if ``None``; ``session`` is onnxruntime's.
     Raises :class:`InputError` if the model cannot be loaded, has other inputs and outputs, or is given as bytes and
     keeps weights in another file.
     """
@@ -64,11 +64,11 @@ class OnnxRuntime:
         where = "the ONNX model" if isinstance(source, bytes) else f"the ONNX model {source}"
         try:
             model = _from_memory(source, options) if isinstance(source, bytes) else str(source)
-            self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            self.session: Any = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except (*LOAD_ERRORS, InputError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"onnxruntime cannot load {where}: {reason}") from error
-        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
         found = ([value.name for value in inputs], [value.name for value in outputs])
         shape = inputs[0].shape if inputs else []
         sides = tuple(side for side in shape[1:] if isinstance(side, int))
@@ -89,7 +89,7 @@ class OnnxRuntime:
     def logits(self, images: np.ndarray) -> np.ndarray:
         """Logits float32 N×K of ``images`` float32 N×C×H×W in [0, 1]. Raises :class:`InputError` for others."""
         images = checked_images(images, self.input_shape)
-        parts = [self._session.run(["logits"], {"image": part})[0] for part in batches(images, self._batch)]
+        parts = [self.session.run(["logits"], {"image": part})[0] for part in batches(images, self._batch)]
         return np.concatenate([np.asarray(part) for part in parts])
 
 

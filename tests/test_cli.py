@@ -20,8 +20,8 @@ from keys.errors import KeyfoundryError, exit_codes
 Run = Callable[..., Any]
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = [
-    "provision", "pretrain", "finetune", "export", "verify", "report", "study", "info", "keys init", "keys list",
-    "keys rotate", "device validate",
+    "provision", "pretrain", "finetune", "export", "verify", "report", "study", "info", "diff", "keys init",
+    "keys list", "keys rotate", "device validate",
 ]  # fmt: skip
 
 

@@ -336,8 +336,7 @@ def test_small_float16_tensors_are_coremltools(tmp_path: Path) -> None:
     tensors = device_tensors(module)
     expected = bytes(encode("coremltools float16", tensors["head.bias"], "head.bias"))
     assert expected == np.array([6e-8, -6e-8, 0], np.float16).tobytes()
-    data = (tmp_path / "1" / "model.mlpackage/Data/com.apple.CoreML/weights/weight.bin").read_bytes()
-    assert expected in data
+    assert any(expected in path.read_bytes() for path in (tmp_path / "1").rglob("*") if path.is_file())
 
 
 def test_every_encoding_says_its_length() -> None:

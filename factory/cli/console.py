@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,3 +20,16 @@ def print_table(table: Table) -> None:
         wide = Console(width=10_000)
         console = Console(width=Measurement.get(wide, wide.options, table).maximum)
     console.print(table)
+
+
+def print_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print plain texts as a table; what looks like markup in them is printed as it is."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(title), title_justify="left")
+    for column in columns:
+        table.add_column(escape(column), overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    print_table(table)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from factory.cli.device import device_app
+from factory.cli.diff import diff_command
 from factory.cli.info import info_command
 from factory.cli.keys import keys_app
 from factory.cli.pretrain import pretrain_command
@@ -34,6 +35,7 @@ app.command("verify")(verify_command)
 app.command("report")(report_command)
 app.command("study")(study_command)
 app.command("info")(info_command)
+app.command("diff")(diff_command)
 app.add_typer(keys_app, name="keys")
 app.add_typer(device_app, name="device")
 
