@@ -41,10 +41,13 @@ class AdapterRuntime:
             raise PackageError(f"onnxruntime cannot load the base package's ONNX model: {reason}") from error
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         names = ([value.name for value in inputs], [value.name for value in outputs])
-        if names != (["image"], ["logits"]):
-            raise PackageError(f"The base's ONNX model maps {names[0]} to {names[1]}, not 'image' to 'logits'.")
-        _, channels, height, width = inputs[0].shape
-        self.input_shape: tuple[int, int, int] = (channels, height, width)
+        sides = tuple(side for side in inputs[0].shape[1:] if isinstance(side, int)) if inputs else ()
+        if names != (["image"], ["logits"]) or len(sides) != 3:
+            raise PackageError(
+                f"The base's ONNX model maps {names[0]} to {names[1]}, not images N×C×H×W in 'image' to 'logits'; "
+                "get the base package again."
+            )
+        self.input_shape: tuple[int, int, int] = (sides[0], sides[1], sides[2])
         _check_fit(adapter, self._session)
         self._adapter = onnxruntime.LoraAdapter()
         self._adapter.Load(str(adapter))
