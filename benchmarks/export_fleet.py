@@ -90,7 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
                 rows.append({"devices": index + 1, "seconds": time.perf_counter() - start, "peak_mib": peak_mib()})
         total = time.perf_counter() - start
     rate = (asked.devices - 1) / (total - (first - start)) if asked.devices > 1 else float("nan")
-    print(f"{asked.devices} packages of {size / 1e6:.1f} MB in {total:.1f} s; the first, converted: {first - start:.1f} s")
+    converted = first - start
+    print(f"{asked.devices} packages of {size / 1e6:.1f} MB in {total:.1f} s; the first, converted: {converted:.1f} s")
     print(f"From the second on: {rate:.2f} packages per second")
     for row in rows:
         print(f"  after {row['devices']:4.0f} devices: {row['seconds']:7.1f} s, peak memory {row['peak_mib']:.0f} MiB")

@@ -21,6 +21,7 @@ import sys
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,6 +40,7 @@ from keys.derive import fixed_guess
 from keys.files import folder_being_written, sync_folder
 
 FORMATS = ("onnx-fp32", "onnx-fp16", "onnx-int8", "coreml-fp32", "coreml-fp16", "coreml-int8")
+KINDS = ("copy", "marginal", "full")
 CREATED = datetime(2030, 1, 31, 12, 0, 0, tzinfo=UTC)
 
 
@@ -114,9 +116,9 @@ def main(arguments: list[str] | None = None) -> int:
         results = {one: measure(one, base, first, second, folder / one, asked) for one in asked.formats}
     rows = [
         [
-            one, f"{found['bytes'] / 1e6:.1f}", f"{found['seconds']['copy']:.2f}", f"{found['seconds']['marginal']:.2f}",
-            f"{found['seconds']['full']:.2f}", str(found["marginal over copy"]), str(found["full over marginal"]),
-            f"{found['peak MiB']['marginal']:.0f}", f"{found['peak MiB']['full']:.0f}",
+            one, f"{found['bytes'] / 1e6:.1f}", *(f"{found['seconds'][kind]:.2f}" for kind in KINDS),
+            str(found["marginal over copy"]), str(found["full over marginal"]),
+            *(f"{found['peak MiB'][kind]:.0f}" for kind in KINDS[1:]),
         ]
         for one, found in results.items()
     ]  # fmt: skip
@@ -131,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure(
     one: str, base: Base, first: nn.Module, second: nn.Module, folder: Path, asked: argparse.Namespace
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """One format: the first device leaves the template, then copy, marginal and full take turns on the second."""
     plan = ExportPlan(base.architecture.contract, base.architecture.labels, (one,))
     templates = Templates(folder / "templates", {}, _unexpected)
@@ -158,7 +160,7 @@ def measure(
     given += ["--folder", str(asked.folder)] if asked.folder else []
     peaks = {
         kind: peak_memory([*given, "--only", kind, "--templates", str(templates.folder)])
-        for kind in ("marginal", "full")
+        for kind in KINDS[1:]
     }
     shutil.rmtree(folder)
     return {

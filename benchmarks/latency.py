@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
             runtimes[name].logits(one)
             if index >= 3:  # the first runs also allocate
                 spent[name].append(time.perf_counter() - start)
-    results = {}
+    results: dict[str, Any] = {}
     for name, times in spent.items():
         ratios = np.array(times) / np.array(spent[PLAIN])
         low, high = interval(ratios, generator)
@@ -100,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
         }  # fmt: skip
     rows = [
         [
-            name, f"{found['median_ms']:.1f}", f"{found['ratio']:.3f} ({found['interval'][0]:.3f}–{found['interval'][1]:.3f})",
+            name, f"{found['median_ms']:.1f}", "{:.3f} ({:.3f}–{:.3f})".format(found["ratio"], *found["interval"]),
             f"{found['faster']:.2f}", "" if found["smallest_cosine"] is None else f"{found['smallest_cosine']:.5f}",
             f"{found['bytes'] / 1e6:.1f}",
         ]
