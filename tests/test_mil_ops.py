@@ -618,7 +618,7 @@ def test_an_unknown_parameter_is_named(tmp_path: Path) -> None:
     program = convert(Calls(lambda x: x.softmax(-1)), (ROW,), "fp32", tmp_path).program
     (operation,) = [operation for operation in program.operations if operation.type == "softmax"]
     hotter = dataclasses.replace(operation, inputs={**operation.inputs, "temperature": operation.inputs["axis"]})
-    with pytest.raises(InputError, match="operator 'softmax' .* has the parameter 'temperature', not known"):
+    with pytest.raises(InputError, match=r"operator 'softmax' .* has the parameter 'temperature', not known"):
         Evaluator(dataclasses.replace(program, operations=(hotter,)))
 
 
@@ -626,7 +626,7 @@ def test_an_operator_of_a_later_version_is_named(tmp_path: Path) -> None:
     row = attention(None)
     program = by_builder(row.body, row.shapes, 18, tmp_path).program
     with pytest.raises(
-        InputError, match="'scaled_dot_product_attention' .* is not known to the evaluator before iOS 18"
+        InputError, match=r"'scaled_dot_product_attention' .* is not known to the evaluator before iOS 18"
     ):
         Evaluator(dataclasses.replace(program, target=17))
 

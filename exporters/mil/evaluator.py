@@ -162,9 +162,10 @@ class Evaluator:
         try:
             result = OPERATORS[operation.type].function(call)
         except _UNFIT as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(
-                f"The operator {operation.type!r} in {self.program.label} cannot make {operation.label!r} of what it is "
-                f"given ({str(error).splitlines()[0] if str(error) else type(error).__name__}); export the model again."
+                f"The operator {operation.type!r} in {self.program.label} cannot make {operation.label!r} of what it "
+                f"is given ({reason}); export the model again."
             ) from error
         results = result if isinstance(result, tuple) else (result,)
         if len(results) != len(operation.outputs):
