@@ -23,9 +23,9 @@ from keys.errors import InputError
 class CoreMLEvaluator:
     """A Core ML package evaluated in NumPy (see :mod:`exporters.mil.evaluator` for the numerical model).
 
-    ``package`` is the folder, or the bytes of its files by their path inside it. Raises :class:`InputError` if the
-    package is damaged, is not as :mod:`exporters.to_coreml` writes it, or uses an operator that the evaluator does not
-    know, which it names.
+    ``package`` is the folder, or the bytes of its files by their path inside it. Raises :class:`InputError` if it is
+    damaged, is not as :mod:`exporters.to_coreml` writes it, or uses an operator that the evaluator does not know,
+    which it names.
     """
 
     name = "coreml-evaluator"
