@@ -19,7 +19,7 @@ from timm.layers import set_fused_attn
 from torch import nn
 
 from exporters.contract import InputContract
-from exporters.quiet import import_coremltools
+from exporters.quiet import import_coremltools, quiet
 from exporters.run_coreml import CoreMLEvaluator, CoreMLPredict, best_coreml_runtime, eight_bit, predict_unavailable
 from exporters.run_torch import TorchRuntime
 from exporters.to_coreml import MODEL_PATH, WEIGHTS_PATH, export_coreml
@@ -203,6 +203,11 @@ class Unconvertible(nn.Module):
 REFUSED = [
     (linear(float("nan")), ["a", "b"], "fp32", r"tensor 1\.weight holds NaN"),
     (linear(1e6), ["a", "b"], "fp16", r"tensor 1\.weight holds 1e\+06, more than float16 can \(65504\)"),
+    (linear(1e6), ["a", "b"], "int8", r"tensor 1\.weight holds 1e\+06, more than float16 can"),
+    (linear(1e6), ["a", "b"], "palettized", r"tensor 1\.weight holds 1e\+06, more than float16 can"),
+    (linear(float("nan")), ["a", "b"], "int8", r"tensor 1\.weight holds NaN"),
+    (linear(float("inf")), ["a", "b"], "palettized", r"tensor 1\.weight holds NaN or infinite"),
+    (linear(), ["a", "b"], "int4", "precision 'int4' is unknown; choose one of fp32, fp16, int8, palettized"),
     (linear(), ["a", "b", "c"], "fp16", "2 logits and there are 3 class names"),
     (linear(), ["a", "a"], "fp16", "'a' is used 2 times"),
     (Unconvertible().eval(), ["a", "b"], "fp32", "coremltools cannot convert this model to Core ML: .*i0e"),
@@ -216,6 +221,40 @@ def test_refuses_with_a_sentence(
     with pytest.raises(InputError, match=sentence):
         export_coreml(module, tmp_path / "m.mlpackage", SMALL, labels, precision=precision)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_refuses_an_unknown_target(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="target 'iOS15' is unknown; choose one of iOS16, iOS17, iOS18"):
+        export_coreml(linear(), tmp_path / "m.mlpackage", SMALL, ["a", "b"], target="iOS15")  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("target", "version"), [("iOS16", 7), ("iOS17", 8), ("iOS18", 9)])
+def test_the_target_is_the_oldest_system(target: Any, version: int, tmp_path: Path) -> None:
+    export_coreml(linear(), tmp_path / "m.mlpackage", SMALL, ["a", "b"], target=target)
+    assert specification(tmp_path / "m.mlpackage").specificationVersion == version
+
+
+# coremltools itself decompresses: what the package holds is then an ordinary fp16 program for the evaluator.
+@pytest.mark.parametrize(("precision", "smaller", "difference"), [("int8", 0.65, 0.03), ("palettized", 0.6, 0.15)])
+def test_compressed_weights_are_smaller_and_answer_alike(
+    module: nn.Module, precision: Any, smaller: float, difference: float, tmp_path: Path
+) -> None:
+    ct = import_coremltools()
+    export_coreml(module, tmp_path / "fp16.mlpackage", CONTRACT, LABELS, precision="fp16")
+    export_coreml(module, tmp_path / "m.mlpackage", CONTRACT, LABELS, precision=precision)
+    sizes = [(tmp_path / name / WEIGHTS_PATH).stat().st_size for name in ("fp16.mlpackage", "m.mlpackage")]
+    assert sizes[1] < smaller * sizes[0]
+    with quiet():
+        model = ct.models.MLModel(str(tmp_path / "m.mlpackage"), skip_model_load=True)
+        optimize = import_coremltools("coremltools.optimize.coreml")
+        optimize.decompress_weights(model).save(str(tmp_path / "plain.mlpackage"))
+    images = real_images(20)
+    expected = TorchRuntime(module).logits(images)
+    found = CoreMLEvaluator(tmp_path / "plain.mlpackage").logits(images)
+    np.testing.assert_allclose(found, expected, atol=difference * np.abs(expected).max())
+    # The compressed values were used: float16 alone is closer than this.
+    assert np.abs(found - CoreMLEvaluator(tmp_path / "fp16.mlpackage").logits(images)).max() > 0
 
 
 def test_weights_beyond_float16_export_in_fp32(tmp_path: Path) -> None:
