@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from factory.settings import RecipeSettings
 from keys.derive import fixed_guess
 from keys.signing import SigningKey
 
+CREATED = datetime(2030, 1, 31, 12, 0, 0, tzinfo=UTC)
 FLEET = "0" * 16
 
 
@@ -53,8 +55,8 @@ def measured(name: str, classes: int, rank: int) -> dict[str, Any]:
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     with tempfile.TemporaryDirectory() as place:
         shared, full, adapter = (Path(place) / part for part in ("base", "full", "adapter"))
-        export_base_package(base, recipe, FLEET, images, shared, quiet)
-        identity = Identity("device-1", 1, FLEET, "0" * 64, recipe.model_dump(mode="json"))
+        export_base_package(base, recipe, FLEET, images, shared, quiet, created=CREATED)
+        identity = Identity("device-1", 1, FLEET, "0" * 64, recipe.model_dump(mode="json"), CREATED)
         whole = export_package(bake(model), base, identity, images, full, quiet)
         started = time.perf_counter()
         manifest = export_adapter_package(model, base, recipe, shared, full, adapter, quiet)

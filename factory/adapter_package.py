@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ from exporters.package import digest_folder, inspect_package, write_package
 from exporters.parity import ParityLimits, compare
 from exporters.run_onnx import OnnxRuntime
 from exporters.run_torch import TorchRuntime
-from exporters.to_coreml import export_coreml
+from exporters.to_coreml import Target, export_coreml
 from factory.adaptation import adapt
 from factory.base import Base
 from factory.block_shuffle import BlockShuffle
@@ -86,15 +86,21 @@ class _Plain:
 
 def export_base_package(
     base: Base, recipe: RecipeSettings, fleet_id: str, golden_images: np.ndarray, package: Path, progress: Progress,
-    *, formats: Sequence[str] = DEFAULT_FORMATS,
+    *, created: datetime, formats: Sequence[str] = DEFAULT_FORMATS, target: Target = "iOS16",
 ) -> Manifest:  # fmt: skip
     """Write the unsigned base package of a fleet, unless it is there, whole and of the same base and recipe.
 
-    ``golden_images``: uint8 N×C×H×W. ``formats``: which Core ML formats it holds besides ONNX; only float ones can be
-    assembled by a device, so others are left out. Raises :class:`InputError` if the recipe trains no LoRA.
+    ``golden_images``: uint8 N×C×H×W. ``created``: what the manifest says, so that the same inputs give the same bytes.
+    ``formats``: which Core ML formats it holds besides ONNX, for ``target``; only float ones can be assembled by a
+    device, so others are left out. Raises :class:`InputError` if the recipe trains no LoRA.
     """
     chosen = [_ONNX, *(format for format in _COREML if format.name in formats)]
-    existing = _existing(package, base, recipe, fleet_id, [format.name for format in chosen])
+    settings = {"coreml": {"target": target}}
+    entries = {
+        format.name: FormatEntry(format.path, format.runtime, format.precision, settings.get(format.runtime, {}))
+        for format in chosen
+    }
+    existing = _existing(package, base, recipe, fleet_id, entries)
     if existing is not None:
         return existing
     plain = _plain(base, recipe)
@@ -109,19 +115,18 @@ def export_base_package(
         for format in chosen[1:]:
             export_coreml(
                 plain.module, folder / format.path, contract, labels,
-                precision="fp16" if format.precision == "fp16" else "fp32",
+                precision="fp16" if format.precision == "fp16" else "fp32", target=target,
             )  # fmt: skip
             stage.advance(note=format.title)
         images = golden_images[:_GOLDEN_IMAGES]
         logits = TorchRuntime(plain.module).logits(images.astype(np.float32) / 255)
         write_atomic(folder / GOLDEN_NAME, Golden(images, logits).to_bytes())
-        entries = {format.name: FormatEntry(format.path, format.runtime, format.precision, {}) for format in chosen}
         return write_package(
             folder,
             Manifest(
                 device_id=BASE_ID, generation=1, fleet_id=fleet_id, base_digest=base.digest,
                 adapter_digest=hashlib.sha256(b"").hexdigest(), recipe=recipe.model_dump(mode="json"), labels=labels,
-                input=contract, files={}, evidence={}, created=utc_text(datetime.now(UTC)), tools=tool_versions(),
+                input=contract, files={}, evidence={}, created=utc_text(created), tools=tool_versions(),
                 formats=entries, kind="base",
             ),
         )  # fmt: skip
@@ -297,7 +302,7 @@ def _compared(full: Manifest, full_package: Path, base_package: Path, folder: Pa
 
 
 def _existing(
-    package: Path, base: Base, recipe: RecipeSettings, fleet_id: str, formats: Sequence[str]
+    package: Path, base: Base, recipe: RecipeSettings, fleet_id: str, formats: Mapping[str, FormatEntry]
 ) -> Manifest | None:
     if not package.is_dir():
         return None
@@ -306,6 +311,6 @@ def _existing(
         whole = digest_folder(package) == dict(manifest.files)
     except PackageError:
         return None
-    found = (manifest.kind, manifest.base_digest, dict(manifest.recipe), manifest.fleet_id, sorted(manifest.formats))
-    wanted = ("base", base.digest, recipe.model_dump(mode="json"), fleet_id, sorted(formats))
+    found = (manifest.kind, manifest.base_digest, dict(manifest.recipe), manifest.fleet_id, dict(manifest.formats))
+    wanted = ("base", base.digest, recipe.model_dump(mode="json"), fleet_id, dict(formats))
     return manifest if whole and found == wanted else None

@@ -47,6 +47,15 @@ class FleetFolder:
         """Where a device's package lies."""
         return self.devices / device_id / "package"
 
+    def adapter_package(self, device_id: str) -> Path:
+        """Where a device's LoRA-only package lies."""
+        return self.devices / device_id / "adapter"
+
+    @property
+    def base_package(self) -> Path:
+        """The package that LoRA-only packages are put on."""
+        return self.root / "base" / "package"
+
     @property
     def templates(self) -> Path:
         """Where conversions lie that devices are written from."""

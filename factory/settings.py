@@ -238,6 +238,12 @@ class FleetSettings(Section):
     verification: VerificationSettings = VerificationSettings()
     release: ReleaseSettings = ReleaseSettings()
 
+    @model_validator(mode="after")
+    def _adapters(self) -> FleetSettings:
+        if self.export.adapters and self.recipe.adaptation != "lora":
+            raise ValueError(f"export.adapters needs recipe.adaptation lora, not {self.recipe.adaptation}")
+        return self
+
     @property
     def device_ids(self) -> tuple[str, ...]:
         """The devices' ids; a number n stands for device-1 … device-n."""

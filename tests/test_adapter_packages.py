@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from keys.signing import SigningKey, write_public_key
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = {"img_size": 28, "patch_size": 7, "in_chans": 1, "embed_dim": 32, "depth": 1, "num_heads": 2}
 FLEET = "00112233445566ff"
+CREATED = datetime(2030, 1, 31, 12, 0, 0, tzinfo=UTC)
 WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
 PROGRAM = "Data/com.apple.CoreML/model.mlmodel"
 
@@ -96,8 +98,8 @@ def make(
     model, quiet = trained_alike(base, recipe), Progress(quiet=True)
     made = Packages(folder, base, recipe, model, images)
     formats = ("onnx-fp32", "coreml-fp16", "coreml-fp32") if coreml else ("onnx-fp32",)
-    export_base_package(base, recipe, FLEET, images, made.shared, quiet, formats=formats)
-    identity = Identity("camera-01", 2, FLEET, "b" * 64, recipe.model_dump(mode="json"))
+    export_base_package(base, recipe, FLEET, images, made.shared, quiet, created=CREATED, formats=formats)
+    identity = Identity("camera-01", 2, FLEET, "b" * 64, recipe.model_dump(mode="json"), CREATED)
     if coreml:
         export_package(bake(model), base, identity, images, made.full, quiet)
     else:
@@ -265,7 +267,14 @@ def test_a_base_package_that_is_there_is_kept_and_one_of_another_recipe_is_not(
 
     def export(recipe: RecipeSettings) -> None:
         export_base_package(
-            packages.base, recipe, FLEET, packages.images, packages.shared, quiet, formats=["onnx-fp32"]
+            packages.base,
+            recipe,
+            FLEET,
+            packages.images,
+            packages.shared,
+            quiet,
+            created=CREATED,
+            formats=["onnx-fp32"],
         )
 
     export(packages.recipe)
@@ -288,6 +297,7 @@ def test_the_device_validates_base_and_adapter_without_the_factory(
 ) -> None:
     script = """
 import json, sys
+from datetime import UTC, datetime
 from pathlib import Path
 from device_tests.validate import ONNXRUNTIME, validate
 from exporters.adapter.pair import assemble_coreml, open_base_of
@@ -459,7 +469,7 @@ def test_recipes_and_models_without_lora_are_refused(reinitialised: Packages, tm
     packages, quiet = reinitialised, Progress(quiet=True)
     full = RecipeSettings(adaptation="full")
     with pytest.raises(InputError, match="need a recipe with adaptation lora, not full"):
-        export_base_package(packages.base, full, FLEET, packages.images, tmp_path / "base", quiet)
+        export_base_package(packages.base, full, FLEET, packages.images, tmp_path / "base", quiet, created=CREATED)
     plain = ImageClassifier(packages.base.vit, [0.5], [0.5]).eval()
     with pytest.raises(InputError, match="need a model that LoRA adapted"):
         export_adapter_package(
