@@ -110,7 +110,6 @@ recipe:
   rank: 4
   training: {{epochs: 1, batch_size: 25, learning_rate: 0.01, shift: 0, flip: false, precision: fp32}}
 export:
-  formats: [onnx-fp32, coreml-fp16, coreml-fp32, onnx-int8, coreml-int8]
   adapters: true
 verification:
   epsilon: 0.016

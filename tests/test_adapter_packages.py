@@ -118,8 +118,8 @@ def onnx_only(folder: Path, module: torch.nn.Module, base: Base, identity: Ident
     write_package(
         folder,
         Manifest(
-            **vars(identity), base_digest=base.digest, labels=base.architecture.labels, files={}, evidence={},
-            input=base.architecture.contract, created="2030-01-31T12:00:00Z", tools={},
+            **identity.fields(), base_digest=base.digest, labels=base.architecture.labels, files={}, evidence={},
+            input=base.architecture.contract, tools={},
         ),
     )  # fmt: skip
 

@@ -64,12 +64,12 @@ def is_released(root: Path, device: str) -> bool:
 
 def test_the_folder_is_laid_out_as_tools_rely_on(tiny_fleet: Path) -> None:
     assert {path.name for path in tiny_fleet.iterdir()} == {
-        "fleet.toml", "registry.sqlite", "signing-key.pub", "report.html", "report.json", "figures", "devices",
+        "base", "fleet.toml", "registry.sqlite", "signing-key.pub", "report.html", "report.json", "figures", "devices",
         "secrets", "work",
     }  # fmt: skip
     assert {path.name for path in (tiny_fleet / "devices").iterdir()} == set(DEVICES)
     for device in DEVICES:
-        assert [path.name for path in (tiny_fleet / "devices" / device).iterdir()] == ["package"]
+        assert sorted(path.name for path in (tiny_fleet / "devices" / device).iterdir()) == ["adapter", "package"]
         package = tiny_fleet / "devices" / device / "package"
         assert set(files_in(package)) == PACKAGE_FILES | {"manifest.sig"}
     assert not [path for path in tiny_fleet.rglob("*") if path.name.endswith(".part")]
@@ -140,7 +140,7 @@ def test_the_table_and_the_progress_are_printed(tiny_run: tuple[Path, Any]) -> N
     assert "un-keyed" in printed.out
     assert "report.html" in printed.out
     assert f"secrets lie in {folder / 'secrets'}" in printed.err
-    for stage in ("device-1: 1700/1700 images", "export device-1: 4/4 files", "attack base:", "parity device-2: 3/3"):
+    for stage in ("device-1: 1700/1700 images", "export device-1: 2/2 parts", "attack base:", "parity device-2: 3/3"):
         assert stage in printed.err
     assert " s left" in printed.err
 
@@ -226,6 +226,32 @@ def test_a_rotated_device_and_a_new_one_are_made_and_no_other(fleet_copy: Path, 
     assert all(is_released(fleet_copy, device) for device in after)
 
 
+def test_quantised_formats_are_made_and_judged_by_themselves(fleet_copy: Path) -> None:
+    settings = FleetFolder(fleet_copy).stored_settings()
+    names = (*settings.export.formats, "onnx-int8", "onnx-int8-static", "coreml-int8")
+    export = settings.export.model_copy(update={"formats": names})
+    findings, stages = run_again(fleet_copy, settings.model_copy(update={"export": export}))
+    assert {"export device-1", "parity device-1"} <= stages
+    assert not [stage for stage in stages if stage.startswith(("device-", "attack "))]
+    document = json.loads((fleet_copy / "report.json").read_text())
+    titles = {"ONNX int8", "ONNX int8 static", "Core ML int8"}
+    for verdict in findings.verdicts:
+        manifest, _ = inspect_package(verdict.candidate.package)
+        assert set(manifest.formats) == set(names)
+        evidence = json.loads(json.dumps(manifest.evidence))
+        assert set(evidence["quantised"]) == titles < set(evidence["parity"])
+        conditions = {condition.name for condition in verdict.decision.conditions}
+        for title in titles:
+            assert {f"accuracy {title}", f"transfer {title}", f"parity {title}"} <= conditions
+            judged = evidence["quantised"][title]
+            assert judged["accuracy"]["n"] == (100 if title.startswith("Core ML") else evidence["accuracy"]["n"])
+            assert len(judged["cells"]) == len(evidence["cells"])
+            assert judged["worst_case"]["n"] > 0
+        (target,) = [target for target in document["targets"] if target["id"] == verdict.candidate.name]
+        assert {one["format"] for one in target["quantised"]} == titles
+    assert "judged by themselves" in (fleet_copy / "report.html").read_text()
+
+
 def test_a_rejected_device_has_no_signature_and_says_why(fleet_copy: Path) -> None:
     """The same models under a strict rule and an unbounded attack: whatever their keys are, they fail."""
     settings = FleetFolder(fleet_copy).stored_settings()
@@ -242,6 +268,7 @@ def test_a_rejected_device_has_no_signature_and_says_why(fleet_copy: Path) -> No
         package = fleet_copy / "devices" / verdict.candidate.name / "package"
         assert set(files_in(package)) == PACKAGE_FILES
         assert not is_released(fleet_copy, verdict.candidate.name)
+        assert not (fleet_copy / "devices" / verdict.candidate.name / "adapter").exists()
         assert not verdict.decision.released
         assert row.status == "rejected"
         assert row.reasons == list(verdict.decision.reasons) != []
@@ -310,7 +337,8 @@ def test_a_full_disk_during_the_export_leaves_nothing_half_written(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     *full, free = json.loads(done.stdout.splitlines()[-1])
-    others = {f"devices/device-2/package/{name}" for name in {*PACKAGE_FILES, "manifest.sig"}}
+    others = {f"devices/{name}" for name in files_in(tiny_fleet / "devices") if not name.startswith("device-1/package/")}
+    assert others > {f"devices/device-2/package/{name}" for name in {*PACKAGE_FILES, "manifest.sig"}}
     for result in full:
         assert result["code"] == 8, result["err"]
         assert result["err"].startswith("Error: ")
