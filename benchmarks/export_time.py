@@ -55,7 +55,7 @@ def device(name: str, base_name: str, size: int | None, seed: int) -> tuple[Base
 def write(module: nn.Module, plan: ExportPlan, package: Path, templates: Templates | None) -> None:
     """An unsigned package without golden images: what is measured."""
     with folder_being_written(package) as folder:
-        digests = export(module, folder, plan, templates)
+        digests = export(module, folder, plan, templates).digests
         manifest = Manifest(
             device_id=package.name, generation=1, fleet_id="0" * 16, base_digest="0" * 64, adapter_digest="0" * 64,
             recipe={}, labels=plan.labels, input=plan.contract, files={}, evidence={}, created=utc_text(CREATED),

@@ -78,24 +78,32 @@ class Templates:
     tell: Callable[[str], None]
 
 
-def export(
-    module: nn.Module, folder: Path, plan: ExportPlan, templates: Templates | None = None
-) -> dict[str, FileDigest]:
+@dataclass(frozen=True)
+class Exported:
+    """What was written: path → digest of every file, and whether it came from a template."""
+
+    digests: Mapping[str, FileDigest]
+    from_template: bool
+
+
+def export(module: nn.Module, folder: Path, plan: ExportPlan, templates: Templates | None = None) -> Exported:
     """Write all formats of ``module`` (N×C×H×W in [0, 1] to logits N×K) into the empty ``folder``.
 
-    Returns path → digest of every file. With ``templates`` the first model is converted in full and leaves a
+    With ``templates`` the first model is converted in full and leaves a
     template, from which the others are written, with the same bytes as a full conversion; without, or where it
     does not fit, all are converted. Raises :class:`InputError` if the module cannot be exported, and
     ``StorageError`` if the disk is full.
     """
     digests = None if templates is None else _from_template(module, folder, plan, templates)
+    from_template = digests is not None
     if digests is None:
         convert(module, folder, plan)
         digests = digests_of(folder)
         if templates is not None:
             _leave_template(module, folder, plan, templates)
     made_anew = _make_anew(module, folder, plan)
-    return {name: digest for name, digest in digests.items() if (folder / name).exists()} | made_anew
+    kept = {name: digest for name, digest in digests.items() if (folder / name).exists()}
+    return Exported(kept | made_anew, from_template)
 
 
 def convert(module: nn.Module, folder: Path, plan: ExportPlan) -> None:

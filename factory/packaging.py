@@ -90,8 +90,8 @@ def export_package(
         folder_being_written(package) as folder,
         progress.stage(f"export {identity.device_id}", total=2, unit="parts") as stage,
     ):
-        digests = export(module, folder, plan, templates)
-        stage.advance(note="golden images")
+        exported = export(module, folder, plan, templates)
+        stage.advance(note="from the template" if exported.from_template else "converted")
         images = golden_images[:_GOLDEN_IMAGES]
         golden = Golden(images, TorchRuntime(module).logits(images.astype(np.float32) / 255)).to_bytes()
         write_atomic(folder / GOLDEN_NAME, golden)
@@ -99,7 +99,7 @@ def export_package(
             **identity.fields(), base_digest=base.digest, labels=plan.labels,
             input=plan.contract, files={}, evidence={}, tools=tool_versions(), formats=plan.entries(),
         )  # fmt: skip
-        manifest = write_package(folder, manifest, digests | {GOLDEN_NAME: FileDigest.of(golden)})
+        manifest = write_package(folder, manifest, dict(exported.digests) | {GOLDEN_NAME: FileDigest.of(golden)})
         stage.advance()
     return manifest
 

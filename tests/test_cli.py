@@ -21,7 +21,7 @@ Run = Callable[..., Any]
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = [
     "provision", "pretrain", "finetune", "export", "verify", "report", "study", "info", "diff", "keys init",
-    "keys list", "keys rotate", "device validate",
+    "keys list", "keys rotate", "device assemble", "device validate",
 ]  # fmt: skip
 
 
@@ -128,7 +128,11 @@ def test_a_fleet_speaks_json(fleet_copy: Path, keyfoundry: Run, tiny_settings: P
     assert [row["device_id"] for row in tuned] == ["device-1", "device-2"]
     assert tuned[0]["trainable_parameters"] > 0
     exported = parsed(keyfoundry("export", "device-2", "--quiet", *where))
-    assert exported == [{"device_id": "device-2", "package": str(fleet_copy / "devices" / "device-2" / "package")}]
+    (row,) = exported
+    assert (row["device_id"], row["package"]) == ("device-2", str(fleet_copy / "devices" / "device-2" / "package"))
+    assert set(row["formats"]) == {"onnx-fp32", "coreml-fp16", "coreml-fp32"}
+    assert row["signed"]
+    assert row["bytes"] > 100_000
     assert parsed(keyfoundry("keys", "list", *where))["devices"] == {"device-1": 1, "device-2": 1}
     assert parsed(keyfoundry("keys", "rotate", "device-2", *where)) == {"device_id": "device-2", "generation": 2}
     assert parsed(keyfoundry("keys", "list", *where))["devices"] == {"device-1": 1, "device-2": 2}

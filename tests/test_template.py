@@ -66,7 +66,7 @@ def templates(tmp_path: Path, told: list[str]) -> Templates:
 
 def exported(module: nn.Module, folder: Path, plan: ExportPlan, templates: Templates | None) -> dict[str, FileDigest]:
     folder.mkdir()
-    digests = export(module, folder, plan, templates)
+    digests = dict(export(module, folder, plan, templates).digests)
     assert digests == digests_of(folder)
     return digests
 

@@ -26,11 +26,13 @@ Devices = Annotated[list[str] | None, typer.Argument(help="Device ids; default: 
 
 @contextlib.contextmanager
 def existing_fleet(
-    out: Path, passphrase_file: Path | None, quiet: bool, verification: Mapping[str, object] | None = None
-) -> Iterator[Fleet]:
+    out: Path, passphrase_file: Path | None, quiet: bool, *, verification: Mapping[str, object] | None = None,
+    export: Mapping[str, object] | None = None,
+) -> Iterator[Fleet]:  # fmt: skip
     """Hold and open the fleet in ``out`` with the settings it was made with.
 
-    ``verification``: settings to change; a ``budget`` replaces all of them but ε. What changes is said.
+    ``verification``, ``export``: settings to change, None for those that stay; a ``budget`` replaces all of
+    ``verification`` but ε. What changes is said, and kept.
     """
     from factory.fleet_folder import FleetFolder, differences
     from factory.pipeline import open_fleet
@@ -39,11 +41,13 @@ def existing_fleet(
 
     folder, progress = FleetFolder(out), Progress(quiet=quiet)
     settings = stored = folder.stored_settings()
+    values = settings.model_dump(mode="json")
     given = {name: value for name, value in (verification or {}).items() if value is not None}
     if given:
         kept = settings.verification.model_dump(mode="json", include={"epsilon"} if "budget" in given else None)
-        values = settings.model_dump(mode="json") | {"verification": kept | given}
-        settings = parse(FleetSettings, values, "the settings")
+        values["verification"] = kept | given
+    values["export"] |= {name: value for name, value in (export or {}).items() if value is not None}
+    settings = parse(FleetSettings, values, "the settings")
     for name, old, new in differences(stored.model_dump(mode="json"), settings.model_dump(mode="json")):
         progress.say(f"Changed: {name} = {new!r} (was {old!r}).")
     with folder.locked():
@@ -95,22 +99,55 @@ def finetune_command(
 def export_command(
     devices: Devices = None,
     out: Out = DEFAULT_OUT,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            help="A format; may be given again. All: onnx-fp32 (always there), onnx-fp16, onnx-int8, onnx-int8-static, "
+            "ort-fp32, coreml-fp32, coreml-fp16, coreml-int8, coreml-palettized.",
+        ),
+    ] = None,
+    opset: Annotated[int | None, typer.Option(help="ONNX operator set, 17 to 22.")] = None,
+    batch: Annotated[
+        str | None, typer.Option(help="ONNX images at once: dynamic (any number) or static (one).")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="Oldest system for Core ML: iOS16, iOS17 or iOS18.")] = None,
+    adapters: Annotated[
+        bool | None, typer.Option(help="Whether released devices also get LoRA-only packages, by provision and verify.")
+    ] = None,
     passphrase_file: PassphraseFile = None,
     quiet: Quiet = False,
     json_output: Json = False,
 ) -> None:
     """Export devices of an existing fleet as unsigned packages; what is there already is kept.
 
+    The first device is converted, the others are written from its template. Options change the fleet's [export]
+    settings, for this and later runs; a package that is made anew is judged and signed again by 'verify'.
+
     \b
-    Example: keyfoundry export device-2 --out fleet
+    Examples:
+      keyfoundry export device-2 --out fleet
+      keyfoundry export --out fleet --format onnx-int8 --format coreml-fp16 --target iOS18
     """
+    from exporters.package import inspect_package
     from factory.pipeline import make_candidate
 
-    with existing_fleet(out, passphrase_file, quiet) as fleet:
+    named = None if formats is None else list(dict.fromkeys(["onnx-fp32", *formats]))
+    given = {"formats": named, "opset": opset, "batch": batch, "target": target, "adapters": adapters}
+    with existing_fleet(out, passphrase_file, quiet, export=given) as fleet:
         rows = []
         for device_id in chosen(fleet, devices):
-            candidate = make_candidate(fleet, device_id)
-            rows.append({"device_id": device_id, "package": str(candidate.package)})
+            package = make_candidate(fleet, device_id).package
+            manifest, signed = inspect_package(package)
+            rows.append(
+                {
+                    "device_id": device_id,
+                    "package": str(package),
+                    "formats": list(manifest.formats),
+                    "bytes": sum(entry.size for entry in manifest.files.values()),
+                    "signed": signed,
+                }
+            )
     _print(rows, json_output)
 
 
@@ -157,7 +194,7 @@ def verify_command(
     if adversarial is not None and (budget, images, epsilon) != (None, None, None):
         raise typer.BadParameter("goes without --budget, --images and --epsilon", param_hint="--adversarial")
     given = {"budget": budget, "images": images, "epsilon": epsilon}
-    with existing_fleet(out, passphrase_file, quiet, given) as fleet:
+    with existing_fleet(out, passphrase_file, quiet, verification=given) as fleet:
         if clean_images is not None:
             write_clean_images(fleet, clean_images)
             typer.echo(f"{clean_images}: the images that this fleet's attacks use.")
