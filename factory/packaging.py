@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ from exporters.golden import GOLDEN_NAME, Golden
 from exporters.manifest import FileDigest, Manifest, utc_text
 from exporters.measured import NotMeasured
 from exporters.package import digest_folder, inspect_package, write_package
-from exporters.parity import Parity, measure_parity
-from exporters.run_coreml import best_coreml_runtime
+from exporters.parity import Parity, ParityLimits, measure_parity
+from exporters.run_coreml import CoreMLEvaluator, best_coreml_runtime
 from exporters.run_onnx import OnnxRuntime
 from exporters.run_torch import TorchRuntime
 from exporters.runtime import Runtime
@@ -148,12 +149,24 @@ def parity_of(
         floats = images.astype(np.float32) / 255
         with progress.stage(f"parity {manifest.device_id}", total=len(candidates), unit="formats") as stage:
             for name, runtime in candidates.items():
-                measured[name] = measure_parity(reference, runtime, floats, limits[name])
+                measured[name] = _parity(reference, runtime, floats, limits[name])
                 stage.advance(note=name)
         return measured
 
     return kept(
         record, made_from, compute=measure,
         to_json=lambda measured: {name: parity.to_json() for name, parity in measured.items()},
-        from_json=lambda stored: {name: Parity.from_json(value) for name, value in stored.items()},
+        from_json=lambda stored: {
+            name: NotMeasured.from_json(value) if "not_measured" in value else Parity.from_json(value)
+            for name, value in stored.items()
+        },
     )  # fmt: skip
+
+
+def _parity(reference: Runtime, runtime: Runtime, images: np.ndarray, limits: ParityLimits) -> Parity | NotMeasured:
+    """Parity of one format; where its logits are not finite, the variable in which that began instead."""
+    parity = measure_parity(reference, runtime, images, limits)
+    if math.isfinite(parity.max_relative_difference) or not isinstance(runtime, CoreMLEvaluator):
+        return parity
+    overflow = runtime.first_overflow(images)
+    return parity if overflow is None else NotMeasured(f"its logits are not finite, beginning with {overflow}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from device_tests.accuracy import predict
 from exporters.golden import read_golden
 from exporters.manifest import Manifest
+from exporters.measured import NotMeasured
 from exporters.package import digest_folder, inspect_package
 from exporters.parity import Parity
 from exporters.run_onnx import OnnxRuntime
@@ -128,3 +131,20 @@ def test_parity_is_measured_for_every_format_and_once(
     parity_of(baked, package, images[:10], record, more)
     assert list(more.seconds) == ["parity camera-1"]
     assert json.loads(record.read_text())["value"]["ONNX fp32"]["n"] == 10
+
+
+def test_an_overflow_in_float16_is_named(tiny_base: Base, tiny_splits: Splits, tmp_path: Path) -> None:
+    """Weights that float16 holds, and activations that it does not: float32 answers, float16 is not measured."""
+    module = bake(ImageClassifier(tiny_base.vit, tiny_base.architecture.mean, tiny_base.architecture.std))
+    with torch.no_grad():
+        module.get_parameter("blocks.0.mlp.fc1.weight").fill_(3e4)
+        module.get_parameter("blocks.0.mlp.fc1.bias").fill_(6e4)
+    images, progress = tiny_splits.validation.images.numpy()[:20], Progress(quiet=True)
+    export_package(module, tiny_base, IDENTITY, images, tmp_path / "package", progress)
+    record = tmp_path / "parity.json"
+    measured = parity_of(module, tmp_path / "package", images, record, progress)
+    overflow = measured["Core ML fp16"]
+    assert isinstance(overflow, NotMeasured)
+    assert re.search(r"not finite, beginning with '\w+' \(float16\), which the operator 'linear' makes", overflow.reason)
+    assert isinstance(measured["Core ML fp32"], Parity)
+    assert parity_of(module, tmp_path / "package", images, record, progress) == measured
