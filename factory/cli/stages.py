@@ -101,6 +101,9 @@ def export_command(
 ) -> None:
     """Export devices of an existing fleet as unsigned packages; what is there already is kept.
 
+    Formats, operator set and target are those of [export] in the fleet's fleet.toml (docs/exports.md). A package of
+    other formats is replaced. To judge and sign the packages, and for LoRA-only ones, run 'verify' afterwards.
+
     \b
     Example: keyfoundry export device-2 --out fleet
     """
