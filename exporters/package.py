@@ -224,6 +224,8 @@ def _write_manifest(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def _read_manifest(folder: Path) -> bytes:
+    if folder.is_file():
+        raise PackageError(f"{folder} is a file and no package, which is a folder; give the path of a package.")
     if not folder.is_dir():
         raise PackageError(f"There is no package folder at {folder}; give the path of a package.")
     if MANIFEST_NAME not in _entries(folder, ""):

@@ -18,7 +18,7 @@ from torch import nn
 from exporters.export import ExportPlan, Templates, export
 from exporters.formats import FORMATS
 from exporters.golden import GOLDEN_NAME, Golden
-from exporters.manifest import FileDigest, Manifest, utc_text
+from exporters.manifest import SIGNATURE_NAME, FileDigest, Manifest, utc_text
 from exporters.measured import NotMeasured
 from exporters.package import digest_folder, inspect_package, write_package
 from exporters.parity import Parity, ParityLimits, measure_parity
@@ -87,6 +87,8 @@ def export_package(
     existing = _existing(package, identity, base, plan)
     if existing is not None:
         return existing
+    if (package / SIGNATURE_NAME).is_file():
+        progress.say(f"The released package of {identity.device_id} is replaced; 'verify' judges and signs the new one.")
     with (
         folder_being_written(package) as folder,
         progress.stage(f"export {identity.device_id}", total=2, unit="parts") as stage,

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from device_tests.perturbation import Norm, Perturbation
 from exporters.formats import DEFAULT_FORMATS, OPSET, OPSETS, named_formats
@@ -259,7 +260,16 @@ def parse(section: type[SectionT], values: Mapping[str, Any], where: str) -> Sec
     except ValidationError as error:
         fault = error.errors()[0]
         name = ".".join(str(part) for part in fault["loc"]) or "the settings"
-        raise InputError(f"In {where}, {name}: {fault['msg']} (got {fault.get('input')!r}).") from error
+        raise InputError(f"In {where}, {name}: {_in_words(fault)} (got {fault.get('input')!r}).") from error
+
+
+def _in_words(fault: ErrorDetails) -> str:
+    """What is wrong, in the words of a fleet file and not of the library that checks it."""
+    if fault["type"] == "extra_forbidden":
+        return "there is no such setting; docs/fleet-file.md lists all"
+    if fault["type"] == "tuple_type":
+        return "should be a list, in square brackets"
+    return fault["msg"].removeprefix("Value error, ").removesuffix(".")
 
 
 def read_fleet_file(path: Path) -> dict[str, Any]:

@@ -20,9 +20,9 @@ from pydantic.fields import FieldInfo
 
 from device_tests.report.document import ReportDocument
 from device_tests.threats import Threat
+from exporters.formats import FORMATS
 from exporters.manifest import Manifest
 from exporters.package_rules import SIGNATURE_CONTEXT
-from exporters.parity import COREML_FP16, COREML_FP32, ONNX_FP32
 from factory.settings import FleetSettings, parse
 from factory.studies.spec import (
     ArmSettings,
@@ -161,7 +161,7 @@ def test_the_signature_context_is_written_down() -> None:
 
 def test_the_parity_limits_are_those_of_the_code() -> None:
     rows = table("docs/package-format.md", "Golden images")
-    limits = {"ONNX fp32": ONNX_FP32, "Core ML fp32": COREML_FP32, "Core ML fp16": COREML_FP16}
+    limits = {one.title: one.limits for one in FORMATS.values()}
     assert {row[0]: (float(row[1]), float(row[2])) for row in rows} == {
         name: (limit.difference, limit.top1) for name, limit in limits.items()
     }

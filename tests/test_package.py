@@ -249,7 +249,7 @@ def test_a_package_of_another_fleet_is_refused(package: Path, signing_key: Signi
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path, signing_key: SigningKey) -> None:
     (tmp_path / "file").write_bytes(b"x")
-    with pytest.raises(PackageError, match="There is no package folder"):
+    with pytest.raises(PackageError, match="is a file and no package"):
         open_package(tmp_path / "file", signing_key.public_bytes)
 
 

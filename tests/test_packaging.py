@@ -145,6 +145,7 @@ def test_an_overflow_in_float16_is_named(tiny_base: Base, tiny_splits: Splits, t
     measured = parity_of(module, tmp_path / "package", images, record, progress)
     overflow = measured["Core ML fp16"]
     assert isinstance(overflow, NotMeasured)
-    assert re.search(r"not finite, beginning with '\w+' \(float16\), which the operator 'linear' makes", overflow.reason)
+    named = r"not finite, beginning with '\w+' \(float16\), which the operator 'linear' makes"
+    assert re.search(named, overflow.reason)
     assert isinstance(measured["Core ML fp32"], Parity)
     assert parity_of(module, tmp_path / "package", images, record, progress) == measured

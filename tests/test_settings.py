@@ -71,6 +71,9 @@ def test_a_number_of_devices_stands_for_their_ids() -> None:
         ({"verification": {"epsilon": float("nan")}}, "verification.epsilon: "),
         ({"release": {"acceptable_fooling": 0.5, "unacceptable_fooling": 0.4}}, "release: .*must be below"),
         ({"base": "shipped"}, "base: "),
+        ({"exports": {}}, "exports: there is no such setting"),
+        ({"export": {"formats": "onnx-int8"}}, "export.formats: should be a list"),
+        ({"export": {"opset": 16}}, r"export.opset: must be 17 to 22 \(got 16\)"),
     ],
 )
 def test_a_fault_is_one_sentence_that_names_the_setting(values: dict, named: str) -> None:

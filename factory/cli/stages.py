@@ -121,8 +121,9 @@ def export_command(
 ) -> None:
     """Export devices of an existing fleet as unsigned packages; what is there already is kept.
 
-    The first device is converted, the others are written from its template. Options change the fleet's [export]
-    settings, for this and later runs; a package that is made anew is judged and signed again by 'verify'.
+    The first device is converted, the others are written from its template. Options change the [export] settings of
+    the fleet's fleet.toml (docs/exports.md), for this and later runs. A package of other formats is replaced. To judge
+    and sign the packages, and for LoRA-only ones, run 'verify' afterwards.
 
     \b
     Examples:
@@ -148,6 +149,8 @@ def export_command(
                     "signed": signed,
                 }
             )
+        if fleet.settings.export.adapters:
+            fleet.progress.say("LoRA-only packages are made by 'verify', for the devices that it releases.")
     _print(rows, json_output)
 
 
