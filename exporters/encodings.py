@@ -37,7 +37,7 @@ class Encoding:
 
     def length(self, values: np.ndarray) -> int | None:
         """How many bytes it makes of a tensor of this type and shape, None if it does not take such tensors."""
-        if values.dtype.kind != self.kind or values.ndim not in self.ranks:
+        if values.dtype.kind != self.kind or values.ndim not in self.ranks or not values.size:
             return None
         return self.size * (len(values) if self.per_row else values.size)
 

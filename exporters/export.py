@@ -189,14 +189,17 @@ def _leave_template(module: nn.Module, converted: Path, plan: ExportPlan, templa
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
+        tensors, of_probe = device_tensors(module), device_tensors(probe)
         convert(probe, scratch, plan)
-        template = make_template(scratch, device_tensors(probe), _made_from(module, plan, templates))
+        template = make_template(scratch, of_probe, _made_from(module, plan, templates))
+        fault = prove(template, tensors, converted)
+        if fault is None:
+            save_template(template, place)
+    except TemplateError as error:
+        fault = str(error)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    fault = prove(template, device_tensors(module), converted)
-    if fault is None:
-        save_template(template, place)
-    else:
+    if fault is not None:
         templates.tell(f"Every device is converted in full: a template would not give this model's bytes ({fault}).")
         write_atomic(place / _UNUSABLE, f"{fault}\n".encode())
 
@@ -223,6 +226,5 @@ def _made_from(module: nn.Module, plan: ExportPlan, templates: Templates) -> str
 
 def _place(module: nn.Module, plan: ExportPlan, templates: Templates) -> Path:
     """One template for each kind of module and plan: a control's may be another than the devices'."""
-    kind = [repr(module), sorted(device_tensors(module)), plan.entries().keys()]
+    kind = [repr(module), sorted(module.state_dict()), plan.entries().keys()]
     return templates.folder / hashlib.sha256(repr(kind).encode()).hexdigest()[:16]
-

@@ -131,6 +131,8 @@ def read_model(path: Path) -> Model:
         from exporters.inspect_coreml import read_coreml
 
         return read_coreml(path)
+    if not path.is_file():  # a pipe would be waited for, and a device read without end
+        raise InputError(f"{path} is not a plain file; give the path of a model's file.")
     from exporters.inspect_onnx import read_adapter, read_onnx, read_ort
 
     if kind == "ONNX adapter":

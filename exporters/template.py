@@ -74,11 +74,14 @@ class Template:
 
 
 def device_tensors(module: nn.Module) -> dict[str, np.ndarray]:
-    """The tensors of a module that may differ between devices: its state, float32 or int64, by name, as views."""
+    """The tensors of a module that may differ between devices: its state, float32 or int64, by name, as views.
+
+    Raises :class:`TemplateError` if one is of another type.
+    """
     tensors = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in module.state_dict().items()}
     for name, values in tensors.items():
         if values.dtype not in (np.float32, np.int64):
-            raise InputError(f"The tensor {name} is {values.dtype}; convert the model to float32 first.")
+            raise TemplateError(f"The tensor {name} is {values.dtype}; convert the model to float32 first.")
     return tensors
 
 
@@ -90,10 +93,11 @@ def probe_of(module: nn.Module, seed: int = 0) -> nn.Module:
         for tensor in probe.state_dict().values():
             if tensor.is_floating_point():
                 values = np.asarray(generator.standard_normal(tensor.shape, np.float32) * np.float32(0.05))
-                values.reshape(-1)[:1] = _TINY
+                # A tensor of one value is that value alone, which must tell it from others of its kind.
+                values.reshape(-1)[:1] = _TINY if values.size > 1 else _TINY * generator.uniform(1, 2)
                 tensor.copy_(torch.from_numpy(values))
-            elif bool((tensor.sort().values == torch.arange(tensor.numel())).all()):
-                tensor.copy_(torch.from_numpy(generator.permutation(tensor.numel())))
+            elif tensor.ndim and torch.equal(tensor.flatten().sort().values, torch.arange(tensor.numel())):
+                tensor.copy_(torch.from_numpy(generator.permutation(tensor.numel())).view(tensor.shape))
     return probe
 
 
@@ -265,22 +269,29 @@ class _Encoded:
                     self._by_length.setdefault(length, []).append((name, encoding))
 
     def found(self, data: memoryview) -> tuple[str, str] | None:
-        """The tensor and the encoding of which these are the bytes."""
+        """The tensor and the encoding of which these are the bytes; None if two tensors look alike in them."""
         digest = hashlib.sha256(data).digest()
-        for name, encoding in self._by_length.get(len(data), []):
-            key = (name, encoding)
-            if key not in self._digests:
-                self._digests[key] = hashlib.sha256(encode(encoding, self._tensors[name], name)).digest()
-            if self._digests[key] == digest:
-                return key
-        return None
+        keys = [key for key in self._by_length.get(len(data), []) if self._digest(*key) == digest]
+        return keys[0] if keys and all(self._is_one(keys[0][0], name) for name, _ in keys) else None
+
+    def _digest(self, name: str, encoding: str) -> bytes:
+        key = (name, encoding)
+        if key not in self._digests:
+            self._digests[key] = hashlib.sha256(encode(encoding, self._tensors[name], name)).digest()
+        return self._digests[key]
+
+    def _is_one(self, first: str, second: str) -> bool:
+        """Whether two names are of one tensor, which modules share."""
+        return first == second or np.shares_memory(self._tensors[first], self._tensors[second])
 
     def each(self) -> Iterator[tuple[str, str, bytes]]:
         """Every tensor in every encoding that is not longer than a program in which one may lie in line."""
         for length, keys in sorted(self._by_length.items(), reverse=True):
             if _SHORTEST_FOUND <= length <= _LARGEST_SEARCHED:
                 for name, encoding in keys:
-                    yield name, encoding, bytes(encode(encoding, self._tensors[name], name))
+                    values = encode(encoding, self._tensors[name], name)
+                    if self.found(values) is not None:
+                        yield name, encoding, bytes(values)
 
 
 def _slots(name: str, data: bytes, encoded: _Encoded) -> list[Slot]:

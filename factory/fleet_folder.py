@@ -79,8 +79,9 @@ class FleetFolder:
         except Timeout as error:
             raise BusyError(f"Another run is working in {self.root}; wait for it or choose another --out.") from error
         try:
-            for left in self.devices.glob("*/.package.*.part"):  # what a killed run was writing
-                shutil.rmtree(left, ignore_errors=True)
+            for pattern in ("devices/*/.package.*.part", "devices/*/.adapter.*.part", "base/.package.*.part"):
+                for left in self.root.glob(pattern):  # what a killed run was writing, or replacing
+                    shutil.rmtree(left, ignore_errors=True)
             yield
         finally:
             lock.release()

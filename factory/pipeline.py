@@ -24,7 +24,7 @@ from device_tests.threats import Source, Threat
 from device_tests.transfer import judge
 from exporters.run_onnx import OnnxRuntime
 from exporters.run_torch import TorchRuntime
-from factory.adapter_release import publish_adapters
+from factory.adapter_release import publish_adapters, withdraw_adapters
 from factory.attackers import BASE, who_attacks
 from factory.base import load_base, read_architecture
 from factory.block_shuffle import check_block_size
@@ -76,6 +76,7 @@ def provision(fleet: Fleet, command: str, foreign: Sequence[str] = ()) -> Findin
     base_clean = base_accuracy(fleet)
     verdicts = [judge_candidate(fleet, device, sources, base_clean) for device in devices]
     control_verdicts = [judge_candidate(fleet, control, sources, base_clean) for control in controls]
+    withdraw_adapters(fleet, verdicts)
     for verdict in verdicts:
         publish(fleet, verdict, base_clean)
     publish_adapters(fleet, verdicts)

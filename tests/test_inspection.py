@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -431,3 +432,35 @@ def test_damage_is_refused_or_read_and_never_a_fault(packages: tuple[Path, Path]
         except InputError:
             refusals += 1
     assert refusals > 10
+
+
+@pytest.mark.parametrize(
+    "evidence",
+    [
+        {"accuracy": {"successes": 1, "n": 1, "value": 10**400, "interval": [0, 1]}},
+        {"parity": {"ONNX fp32": {**PARITY, "top1_agreement": 10**400}}},
+        {"decision": {"released": True, "conditions": 5}},
+    ],
+)  # fmt: skip
+def test_evidence_of_another_shape_is_no_fault_of_the_program(
+    evidence: dict[str, object], device_package: Path, manifest: Manifest, keyfoundry: Run
+) -> None:
+    write_package(device_package, dataclasses.replace(manifest, evidence=evidence))
+    assert keyfoundry("info", device_package).code == 0
+    assert keyfoundry("diff", device_package, device_package).code == 0
+
+
+def test_nothing_in_a_package_commands_the_terminal(device_package: Path, manifest: Manifest, keyfoundry: Run) -> None:
+    labels = ("\x1b]0;title\x07\x1b[31mbag", "b\u202eoot", "coat")
+    write_package(device_package, dataclasses.replace(manifest, labels=labels))
+    out = keyfoundry("info", device_package).out
+    assert "\\x1b[31mbag" in out
+    assert not set(out) & {"\x1b", "\x07", "\u202e"}
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.ort", "a.onnx_adapter", f"model.mlpackage/{MODEL_PATH}"])
+def test_a_pipe_in_place_of_a_model_is_refused_and_not_waited_for(name: str, tmp_path: Path, keyfoundry: Run) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(path)
+    refused(keyfoundry("info", tmp_path / name.split("/")[0]), 3, path.name)

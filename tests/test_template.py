@@ -365,3 +365,30 @@ def test_a_probe_has_the_shapes_and_none_of_the_values() -> None:
     assert torch.equal(permutation.sort().values, torch.arange(3 * 16 * 16))
     again = probe_of(gathered(2)).state_dict()
     assert all(torch.equal(again[name], value) for name, value in probe.state_dict().items())
+
+
+class Odd(nn.Module):
+    """A linear layer with a tensor of a kind that ViTs rarely have; ``seed`` 1 is a device whose gains are equal."""
+
+    def __init__(self, seed: int, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.fc = nn.Linear(3 * 32 * 32, 3)
+        self.gain, self.offset = (nn.Parameter(torch.full((1,), float(value))) for value in (seed, seed**2))
+        odd = {
+            "gains": torch.arange(4), "matrix": torch.arange(4).view(2, 2), "count": torch.tensor(0),
+            "bool": torch.ones(3, dtype=torch.bool), "empty": torch.zeros(0, 5),
+        }  # fmt: skip
+        self.register_buffer("odd", odd[kind])
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.fc(images.flatten(1) * self.gain + self.offset)
+
+
+@pytest.mark.parametrize("kind", ["gains", "matrix", "count", "bool", "empty"])
+def test_odd_tensors_are_told_apart_or_the_model_is_converted_in_full(
+    kind: str, templates: Templates, tmp_path: Path
+) -> None:
+    exported(Odd(1, kind).eval(), tmp_path / "1", SMALL, templates)
+    patched = exported(Odd(2, kind).eval(), tmp_path / "2", SMALL, templates)
+    assert patched == exported(Odd(2, kind).eval(), tmp_path / "full", SMALL, None)

@@ -29,6 +29,10 @@ class PackageFiles:
     def read(self, path: str, missing: str) -> bytes:
         """The bytes of a file. Raises :class:`InputError` with the sentence ``missing`` if there is no such file."""
         try:
-            return self.source[path] if isinstance(self.source, Mapping) else (self.source / path).read_bytes()
+            if isinstance(self.source, Mapping):
+                return self.source[path]
+            if not (self.source / path).is_file():  # a pipe would be waited for, and a device read without end
+                raise FileNotFoundError(path)
+            return (self.source / path).read_bytes()
         except (KeyError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise InputError(missing) from error

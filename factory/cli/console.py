@@ -22,10 +22,22 @@ def print_table(table: Table) -> None:
     console.print(table)
 
 
+def visible(text: str) -> str:
+    r"""A text from a file that anyone may have written, with nothing in it that a terminal obeys.
+
+    >>> print(visible("\x1b[31mboot"))
+    \x1b[31mboot
+    """
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 def print_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print plain texts as a table; what looks like markup in them is printed as it is."""
-    from rich.markup import escape
+    """Print plain texts as a table; what looks like markup in them is printed as it is, control characters escaped."""
+    from rich.markup import escape as escape_markup
     from rich.table import Table
+
+    def escape(text: str) -> str:
+        return escape_markup(visible(text))
 
     table = Table(title=escape(title), title_justify="left")
     for column in columns:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from factory.cli.console import print_rows
+from factory.cli.console import print_rows, visible
 from factory.cli.info import evidence_rows
 from factory.cli.options import Json
 
@@ -104,7 +104,7 @@ def _compare_packages(a: Path, b: Path) -> _Difference:
 def _print_difference(a: Path, b: Path, found: _Difference) -> None:
     typer.echo(f"A: {a}\nB: {b}\n" + ("They are equal." if found.equal else "They differ; nothing was verified."))
     for name, model in found.models.items():
-        typer.echo(f"{name}: {model.sentence}")
+        typer.echo(visible(f"{name}: {model.sentence}"))
     if found.manifest:
         print_rows("manifest", ["field", "A", "B"], _manifest_rows(found))
     if found.files:

@@ -148,7 +148,8 @@ def evidence_rows(evidence: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     decision = evidence.get("decision")
     if isinstance(decision, dict):
         yield "decision", "released" if decision.get("released") is True else "rejected"
-        for condition in decision.get("conditions", []):
+        conditions = decision.get("conditions")
+        for condition in conditions if isinstance(conditions, list) else ():
             if isinstance(condition, dict):
                 met = "met" if condition.get("met") is True else "not met"
                 yield f"condition {condition.get('name')}", f"{met}: {condition.get('sentence')}"
@@ -163,7 +164,7 @@ def proportion(value: Any) -> str:
     try:
         low, high = value["interval"]
         return f"{value['value']:.3f} [{low:.3f}, {high:.3f}] (n = {value['n']})"
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, OverflowError):
         return _not_measured(value)
 
 
@@ -174,7 +175,7 @@ def _parity(value: Any) -> str:
             f"{passed}: same class {value['top1_agreement']:.4f} (at least {value['top1_limit']}), largest difference "
             f"{value['max_relative_difference']:.2g} (at most {value['limit']}), n = {value['n']}, {value['runtime']}"
         )
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, OverflowError):
         return _not_measured(value)
 
 
