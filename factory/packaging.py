@@ -88,7 +88,7 @@ def export_package(
     if existing is not None:
         return existing
     if (package / SIGNATURE_NAME).is_file():
-        progress.say(f"The released package of {identity.device_id} is replaced; 'verify' judges and signs the new one.")
+        progress.say(f"The released package of {identity.device_id} is replaced; 'verify' judges and signs the next.")
     with (
         folder_being_written(package) as folder,
         progress.stage(f"export {identity.device_id}", total=2, unit="parts") as stage,
