@@ -4,7 +4,7 @@ Each must give, bit for bit, what the converter gives: templates are proven agai
 are used (:mod:`exporters.template`), and the tests compare each function with the library that it stands for.
 
 >>> weight = np.arange(4, dtype=np.float32).reshape(2, 2)
->>> bytes(encode("float32 transposed", weight, "w")) == np.array([0, 2, 1, 3], np.float32).tobytes()
+>>> bytes(encode("float32 transposed", Weight("w", weight))) == np.array([0, 2, 1, 3], np.float32).tobytes()
 True
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -22,6 +23,30 @@ from keys.errors import InputError
 _LARGEST_FLOAT16 = float(np.finfo(np.float16).max)
 
 
+class Weight:
+    """A tensor to be written, float32 or int64, by its ``name``; what several encodings of it need is computed once."""
+
+    def __init__(self, name: str, values: np.ndarray) -> None:
+        self.name, self.values = name, values
+        # torch rounds and divides as NumPy does, bit for bit, and several times faster. Nothing here writes into it.
+        self.tensor = torch.from_numpy(values if values.flags.writeable else values.copy())
+
+    @cached_property
+    def largest_of_rows(self) -> np.ndarray:
+        """The largest absolute value of each row, float32; of a vector, of each value."""
+        flat = self.values.reshape(len(self.values), -1)
+        return np.maximum(flat.max(axis=1), -flat.min(axis=1))
+
+    @cached_property
+    def largest(self) -> float:
+        """The largest absolute value; NaN if one of the values is, 0 if there are none."""
+        if not self.values.size:
+            return 0.0
+        if self.values.ndim >= 2:
+            return float(self.largest_of_rows.max())
+        return max(float(self.values.max()), -float(self.values.min()))
+
+
 @dataclass(frozen=True)
 class Encoding:
     """One way to write a tensor. ``kind``: NumPy's of the tensors it takes, "f" or "i"; ``size``: bytes of one value.
@@ -29,7 +54,7 @@ class Encoding:
     ``per_row``: whether it gives one value for each row. It takes tensors of ``ranks`` axes.
     """
 
-    apply: Callable[[np.ndarray], np.ndarray]
+    apply: Callable[[Weight], np.ndarray]
     kind: str
     size: int
     per_row: bool = False
@@ -42,59 +67,50 @@ class Encoding:
         return self.size * (len(values) if self.per_row else values.size)
 
 
-def encode(name: str, values: np.ndarray, tensor: str) -> memoryview:
-    """The bytes of ``values`` (float32 or int64) in the encoding ``name`` of :data:`ENCODINGS`.
+def encode(name: str, weight: Weight) -> memoryview:
+    """The bytes of ``weight`` in the encoding ``name`` of :data:`ENCODINGS`.
 
-    Raises :class:`InputError` that names ``tensor`` if it holds what cannot be written: NaN, infinity, or in float16
+    Raises :class:`InputError` that names the tensor if it holds what cannot be written: NaN, infinity, or in float16
     a number beyond 65504.
     """
-    if values.dtype.kind == "f" and values.size:
-        largest = max(float(values.max()), -float(values.min()))
-        if not np.isfinite(largest):
-            raise InputError(f"The tensor {tensor} holds NaN or infinite values; train the model again.")
-        if ("float16" in name or "coremltools" in name) and largest > _LARGEST_FLOAT16:
+    if weight.values.dtype.kind == "f":
+        if not np.isfinite(weight.largest):
+            raise InputError(f"The tensor {weight.name} holds NaN or infinite values; train the model again.")
+        if ("float16" in name or "coremltools" in name) and weight.largest > _LARGEST_FLOAT16:
             raise InputError(
-                f"The tensor {tensor} holds {largest:g}, more than float16 can ({_LARGEST_FLOAT16:g}); export it in "
-                "fp32."
+                f"The tensor {weight.name} holds {weight.largest:g}, more than float16 can ({_LARGEST_FLOAT16:g}); "
+                "export it in fp32."
             )
-    return np.ascontiguousarray(ENCODINGS[name].apply(values)).reshape(-1).view(np.uint8).data
+    return np.ascontiguousarray(ENCODINGS[name].apply(weight)).reshape(-1).view(np.uint8).data
 
 
-def _float16(values: np.ndarray) -> np.ndarray:
-    # torch rounds as NumPy does, to the nearest, ties to even, and several times faster.
-    return _tensor(values).to(torch.float16).numpy()
+def _cast(dtype: str) -> Callable[[Weight], np.ndarray]:
+    return lambda weight: weight.values.astype(dtype, copy=False)
 
 
-def _tensor(values: np.ndarray) -> torch.Tensor:
-    """A view; nothing here writes into it, which torch would warn of for arrays that may not be written to."""
-    return torch.from_numpy(values if values.flags.writeable else values.copy())
+def _transposed(apply: Callable[[Weight], np.ndarray]) -> Callable[[Weight], np.ndarray]:
+    return lambda weight: apply(weight).T
 
 
-def _cast(dtype: str) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda values: values.astype(dtype, copy=False)
+def _float16(weight: Weight) -> np.ndarray:
+    return weight.tensor.to(torch.float16).numpy()
 
 
-def _transposed(apply: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda values: apply(values).T
-
-
-def _onnx_scales(values: np.ndarray) -> np.ndarray:
+def _onnx_scales(weight: Weight) -> np.ndarray:
     """onnxruntime's scale of each row: its largest absolute value over 127, computed in float64."""
-    flat = values.reshape(len(values), -1)
-    largest = np.maximum(flat.max(axis=1), -flat.min(axis=1)).astype(np.float64)
-    scales = largest * 2 / 254
+    scales = weight.largest_of_rows.astype(np.float64) * 2 / 254
     return np.where(scales < np.finfo(np.float32).tiny, 1.0, scales).astype(np.float32)
 
 
-def _onnx_int8(values: np.ndarray) -> np.ndarray:
+def _onnx_int8(weight: Weight) -> np.ndarray:
     """onnxruntime's int8 values: value / scale of the row, to the nearest, ties to even."""
-    quantised = _tensor(values) / torch.from_numpy(_onnx_scales(values)[:, np.newaxis])
+    quantised = weight.tensor / torch.from_numpy(_onnx_scales(weight)[:, np.newaxis])
     return quantised.round_().clamp_(-128, 127).to(torch.int8).numpy()
 
 
-def _coreml_float16(values: np.ndarray) -> np.ndarray:
+def _coreml_float16(weight: Weight) -> np.ndarray:
     """coremltools' float16: as NumPy's, but in tensors of fewer than 400 values none that is not zero becomes zero."""
-    rounded = _float16(values)
+    rounded, values = _float16(weight), weight.values
     if values.size >= 400:
         return rounded
     smallest = np.finfo(np.float16).smallest_subnormal
@@ -102,25 +118,24 @@ def _coreml_float16(values: np.ndarray) -> np.ndarray:
     return np.where(lost, np.where(values > 0, smallest, -smallest), rounded)
 
 
-def _coreml_scales(values: np.ndarray) -> np.ndarray:
+def _coreml_scales(weight: Weight) -> np.ndarray:
     """coremltools' scale of each row of a float16 weight: twice its largest absolute value over 254, in float16."""
-    flat = values.reshape(len(values), -1)
     # Rounding keeps order, so the largest of the rounded is the rounded largest.
-    largest = np.maximum(np.abs(flat.min(axis=1)), np.abs(flat.max(axis=1))).astype(np.float16)
+    largest = weight.largest_of_rows.astype(np.float16)
     return (largest + largest) / np.float16(254)
 
 
-def _coreml_int8(values: np.ndarray) -> np.ndarray:
+def _coreml_int8(weight: Weight) -> np.ndarray:
     """coremltools' int8 values: float16 weight / scale of the row, rounded to float16, then to the nearest integer."""
-    scales = torch.from_numpy(_coreml_scales(values).astype(np.float32)[:, np.newaxis])
-    quotient = _tensor(values).reshape(len(values), -1).to(torch.float16).to(torch.float32).div_(scales)
+    scales = torch.from_numpy(_coreml_scales(weight).astype(np.float32)[:, np.newaxis])
+    quotient = weight.tensor.reshape(len(weight.values), -1).to(torch.float16).to(torch.float32).div_(scales)
     rounded = quotient.to(torch.float16).to(torch.float32).round_().clamp_(-127, 127)
     return rounded.nan_to_num_(0.0).to(torch.int8).numpy()  # a row of zeros has the scale zero
 
 
-def _message_integers(values: np.ndarray) -> np.ndarray:
+def _message_integers(weight: Weight) -> np.ndarray:
     """Integers as protobuf packs them; the length is the same for every permutation of the same numbers."""
-    return np.frombuffer(b"".join(encoded_varint(int(value)) for value in values.reshape(-1)), np.uint8)
+    return np.frombuffer(b"".join(encoded_varint(int(value)) for value in weight.values.reshape(-1)), np.uint8)
 
 
 _MATRIX = range(2, 3)

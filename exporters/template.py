@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from exporters.encodings import ENCODINGS, encode
+from exporters.encodings import ENCODINGS, Weight, encode
 from exporters.manifest import FileDigest, file_name_fault
 from exporters.onnx_file import stored_tensors
 from keys.errors import InputError
@@ -120,17 +120,23 @@ def patch(template: Template, tensors: Mapping[str, np.ndarray], folder: Path) -
     :class:`InputError` naming a tensor with NaN, infinite or (in float16) too large values.
     """
     check_fit(template, tensors)
+    weights = _weights(tensors)
     digests = {}
     for name, file in template.files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        digest = hashlib.sha256()
-        with path.open("wb") as stream:
-            for part in _parts(file, tensors):
-                stream.write(part)
-                digest.update(part)
-        digests[name] = FileDigest(digest.hexdigest(), file.size)
+        digests[name] = FileDigest(_write(path, _parts(file, weights)), file.size)
     return digests
+
+
+def _write(path: Path, parts: Iterator[memoryview]) -> str:
+    """Write a file and return its SHA-256. (In this thread: another one costs more than the hash does.)"""
+    digest = hashlib.sha256()
+    with path.open("wb", buffering=_BLOCK) as stream:
+        for part in parts:
+            stream.write(part)
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def check_fit(template: Template, tensors: Mapping[str, np.ndarray]) -> None:
@@ -150,9 +156,9 @@ def prove(template: Template, tensors: Mapping[str, np.ndarray], converted: Path
     for name, file in template.files.items():
         if (converted / name).stat().st_size != file.size:
             return f"{name} has another length"
-        position = 0
+        position, weights = 0, _weights(tensors)
         with (converted / name).open("rb") as stream:
-            for part in _parts(file, tensors):
+            for part in _parts(file, weights):
                 if memoryview(stream.read(len(part))) != part:
                     return f"{name} differs between byte {position} and {position + len(part)}"
                 position += len(part)
@@ -222,7 +228,11 @@ def _signature(tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
     return {name: f"{values.dtype} {'×'.join(map(str, values.shape))}".strip() for name, values in tensors.items()}
 
 
-def _parts(file: TemplateFile, tensors: Mapping[str, np.ndarray]) -> Iterator[memoryview]:
+def _weights(tensors: Mapping[str, np.ndarray]) -> dict[str, Weight]:
+    return {name: Weight(name, values) for name, values in tensors.items()}
+
+
+def _parts(file: TemplateFile, weights: Mapping[str, Weight]) -> Iterator[memoryview]:
     """The file's bytes in order, a few MiB at a time."""
     skeleton, read, position = memoryview(file.skeleton), 0, 0
     for slot in (*file.slots, None):
@@ -231,7 +241,7 @@ def _parts(file: TemplateFile, tensors: Mapping[str, np.ndarray]) -> Iterator[me
         read += end - position
         if slot is None:
             return
-        values = encode(slot.encoding, tensors[slot.tensor], slot.tensor)
+        values = encode(slot.encoding, weights[slot.tensor])
         if len(values) != slot.length:
             raise TemplateError(f"the tensor {slot.tensor} takes {len(values)} bytes, not {slot.length}")
         yield from _blocks(values)
@@ -258,14 +268,14 @@ class _Encoded:
     """The tensors in all their encodings, each made when it is first asked for and kept as a digest."""
 
     def __init__(self, tensors: Mapping[str, np.ndarray]) -> None:
-        self._tensors = tensors
+        self._weights = _weights(tensors)
         self._by_length: dict[int, list[tuple[str, str]]] = {}
         self._digests: dict[tuple[str, str], bytes] = {}
         for encoding, kind in ENCODINGS.items():
             for name, values in tensors.items():
                 length = kind.length(values)
                 if length is not None:
-                    length = length or len(encode(encoding, values, name))
+                    length = length or len(encode(encoding, self._weights[name]))
                     self._by_length.setdefault(length, []).append((name, encoding))
 
     def found(self, data: memoryview) -> tuple[str, str] | None:
@@ -277,19 +287,19 @@ class _Encoded:
     def _digest(self, name: str, encoding: str) -> bytes:
         key = (name, encoding)
         if key not in self._digests:
-            self._digests[key] = hashlib.sha256(encode(encoding, self._tensors[name], name)).digest()
+            self._digests[key] = hashlib.sha256(encode(encoding, self._weights[name])).digest()
         return self._digests[key]
 
     def _is_one(self, first: str, second: str) -> bool:
         """Whether two names are of one tensor, which modules share."""
-        return first == second or np.shares_memory(self._tensors[first], self._tensors[second])
+        return first == second or np.shares_memory(self._weights[first].values, self._weights[second].values)
 
-    def each(self) -> Iterator[tuple[str, str, bytes]]:
-        """Every tensor in every encoding that is not longer than a program in which one may lie in line."""
+    def each(self, longest: int) -> Iterator[tuple[str, str, bytes]]:
+        """Every tensor in every encoding that is not longer than the program in which it may lie in line."""
         for length, keys in sorted(self._by_length.items(), reverse=True):
-            if _SHORTEST_FOUND <= length <= _LARGEST_SEARCHED:
+            if _SHORTEST_FOUND <= length <= longest:
                 for name, encoding in keys:
-                    values = encode(encoding, self._tensors[name], name)
+                    values = encode(encoding, self._weights[name])
                     if self.found(values) is not None:
                         yield name, encoding, bytes(values)
 
@@ -323,7 +333,7 @@ def _entries(data: bytes) -> list[tuple[int, int]]:
 def _searched(data: bytes, encoded: _Encoded) -> list[Slot]:
     """Tensors that lie somewhere in a small file; of two that overlap the longer one counts."""
     slots: list[Slot] = []
-    for name, encoding, values in encoded.each():
+    for name, encoding, values in encoded.each(len(data)):
         offset = data.find(values)
         while offset >= 0:
             end = offset + len(values)

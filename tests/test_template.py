@@ -23,7 +23,7 @@ from torch import nn
 from exporters import export as export_module
 from exporters import template as template_module
 from exporters.contract import InputContract
-from exporters.encodings import ENCODINGS, encode
+from exporters.encodings import ENCODINGS, Weight, encode
 from exporters.export import ExportPlan, Templates, convert, digests_of, export
 from exporters.manifest import FileDigest
 from exporters.quiet import import_coremltools
@@ -309,8 +309,8 @@ def test_int8_is_onnxruntimes(weight: np.ndarray, tmp_path: Path) -> None:
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
     quantize_dynamic(model, tmp_path / "q.onnx", per_channel=True, weight_type=QuantType.QInt8)
     stored = {one.name: numpy_helper.to_array(one) for one in onnx.load(tmp_path / "q.onnx").graph.initializer}
-    assert bytes(encode("onnxruntime int8 transposed", weight, "w")) == stored["w_quantized"].tobytes()
-    assert bytes(encode("onnxruntime int8 scale per row", weight, "w")) == stored["w_scale"].tobytes()
+    assert bytes(encode("onnxruntime int8 transposed", Weight("w", weight))) == stored["w_quantized"].tobytes()
+    assert bytes(encode("onnxruntime int8 scale per row", Weight("w", weight))) == stored["w_scale"].tobytes()
     assert not stored["w_zero_point"].any()
 
 
@@ -321,8 +321,8 @@ def test_int8_is_coremltools(weight: np.ndarray) -> None:
     with np.errstate(invalid="ignore"):
         values, scales, zero = quantise(weight.astype(np.float16), types.int8, "LINEAR_SYMMETRIC", [1, 0])
     assert zero is None
-    assert bytes(encode("coremltools int8", weight, "w")) == values.tobytes()
-    assert bytes(encode("coremltools int8 scale per row", weight, "w")) == scales.tobytes()
+    assert bytes(encode("coremltools int8", Weight("w", weight))) == values.tobytes()
+    assert bytes(encode("coremltools int8 scale per row", Weight("w", weight))) == scales.tobytes()
 
 
 def test_small_float16_tensors_are_coremltools(tmp_path: Path) -> None:
@@ -334,7 +334,7 @@ def test_small_float16_tensors_are_coremltools(tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()
     convert(module, tmp_path / "1", plan)
     tensors = device_tensors(module)
-    expected = bytes(encode("coremltools float16", tensors["head.bias"], "head.bias"))
+    expected = bytes(encode("coremltools float16", Weight("head.bias", tensors["head.bias"])))
     assert expected == np.array([6e-8, -6e-8, 0], np.float16).tobytes()
     assert any(expected in path.read_bytes() for path in (tmp_path / "1").rglob("*") if path.is_file())
 
@@ -349,7 +349,7 @@ def test_every_encoding_says_its_length() -> None:
             length = encoding.length(values)
             if length is not None:
                 used.add(name)
-                assert len(encode(name, values, "w")) == length or encoding.size == 0
+                assert len(encode(name, Weight("w", values))) == length or encoding.size == 0
     assert used == set(ENCODINGS)
 
 
