@@ -71,6 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     plan = export_plan(base, ExportSettings(), images)
     tenth = max(1, asked.devices // 10)
     rows: list[dict[str, float]] = []
+    size = 0
     with tempfile.TemporaryDirectory(prefix="keyfoundry-", dir=asked.folder) as name:
         templates = fleet_templates(Path(name) / "templates", base, "0" * 16, quiet)
         start = time.perf_counter()

@@ -3,8 +3,8 @@
 For each format by itself: *copy* copies a finished package's files and flushes them to disk (fsync); *marginal* writes
 a device's package from the fleet's template, with digests and manifest, flushed as well; *full* converts the same
 module anew and writes the same. The three take turns, on a ViT with random weights under a key of its own. Golden
-logits, which need a forward pass and cost every device the same, are not in it. Peak memory is that of a process that
-does nothing else. Run::
+logits, which need a forward pass and cost every device the same, are not in it. Memory is the process's peak while it
+writes one package, above what it held before (the models among it). Run::
 
     python -m benchmarks.export_time --json FILE
 """
@@ -12,13 +12,11 @@ does nothing else. Run::
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import resource
 import shutil
-import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -82,10 +80,20 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def peak_memory(arguments: list[str]) -> float:
-    """Peak resident memory, in MiB, of this module run with ``arguments`` in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.export_time", *arguments]
-    return float(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["peak_mib"])
+def memory_of(work: Callable[[], None]) -> float:
+    """MiB of resident memory that ``work`` needed on top of what there was before; NaN where Linux does not say."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return float("nan")
+    reset.write_text("5")  # the peak begins anew
+    before = _status(status, "VmRSS")
+    work()
+    return _status(status, "VmHWM") - before
+
+
+def _status(status: Path, name: str) -> float:
+    (line,) = [line for line in status.read_text().splitlines() if line.startswith(f"{name}:")]
+    return int(line.split()[1]) / 1024
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -99,32 +107,24 @@ def main(arguments: list[str] | None = None) -> int:
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--folder", type=Path, help="where to write; default: the system's temporary folder")
     made.add_argument("--json", type=Path, help="write everything measured to this file")
-    made.add_argument("--only", choices=("marginal", "full"), help=argparse.SUPPRESS)
-    made.add_argument("--templates", type=Path, help=argparse.SUPPRESS)
     asked = made.parse_args(arguments)
     torch.set_num_threads(asked.threads)
     base, second = device("second", asked.base, asked.image_size, asked.seed + 1)
     with tempfile.TemporaryDirectory(prefix="keyfoundry-", dir=asked.folder) as name:
         folder = Path(name)
-        if asked.only:
-            plan = ExportPlan(base.architecture.contract, base.architecture.labels, tuple(asked.formats))
-            templates = Templates(asked.templates, {}, _unexpected) if asked.only == "marginal" else None
-            write(second, plan, folder / "package", templates)
-            print(json.dumps({"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
-            return 0
         _, first = device("first", asked.base, asked.image_size, asked.seed)
         results = {one: measure(one, base, first, second, folder / one, asked) for one in asked.formats}
     rows = [
         [
             one, f"{found['bytes'] / 1e6:.1f}", *(f"{found['seconds'][kind]:.2f}" for kind in KINDS),
-            str(found["marginal over copy"]), str(found["full over marginal"]),
-            *(f"{found['peak MiB'][kind]:.0f}" for kind in KINDS[1:]),
+            str(found["marginal over copy"]), str(found["full over marginal"]), str(found["full over copy"]),
+            *(f"{found['memory MiB'][kind]:.0f}" for kind in KINDS[1:]),
         ]
         for one, found in results.items()
     ]  # fmt: skip
     headings = [
-        "format", "MB", "copy s", "marginal s", "full s", "marginal / copy", "full / marginal", "peak MiB, marginal",
-        "peak MiB, full",
+        "format", "MB", "copy s", "marginal s", "full s", "marginal / copy", "full / marginal", "full / copy",
+        "memory MiB, marginal", "memory MiB, full",
     ]  # fmt: skip
     print(table(headings, rows))
     write_record(asked.json, "export_time", asked, results)
@@ -155,18 +155,16 @@ def measure(
     if not same:
         raise SystemExit(f"{one}: the patched package differs from the converted one")
     found = size_of(folder / "second")
-    given = ["--base", asked.base, "--seed", str(asked.seed), "--threads", str(asked.threads), "--formats", one]
-    given += ["--image-size", str(asked.image_size)] if asked.image_size else []
-    given += ["--folder", str(asked.folder)] if asked.folder else []
-    peaks = {
-        kind: peak_memory([*given, "--only", kind, "--templates", str(templates.folder)])
-        for kind in KINDS[1:]
+    memory = {
+        "marginal": memory_of(lambda: write(second, plan, folder / "marginal", templates)),
+        "full": memory_of(lambda: write(second, plan, folder / "full", None)),
     }
     shutil.rmtree(folder)
     return {
         "bytes": found, "seconds": {name: seconds(times) for name, times in spent.items()},
         "marginal over copy": wall_ratio(spent["marginal"], spent["copy"]),
-        "full over marginal": wall_ratio(spent["full"], spent["marginal"]), "peak MiB": peaks, "rounds": spent,
+        "full over marginal": wall_ratio(spent["full"], spent["marginal"]),
+        "full over copy": wall_ratio(spent["full"], spent["copy"]), "memory MiB": memory, "rounds": spent,
     }  # fmt: skip
 
 

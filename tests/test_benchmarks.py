@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from benchmarks import attack_throughput, autoattack_time, marginal_device
+from benchmarks import attack_throughput, autoattack_time, export_fleet, export_time, latency, marginal_device
 
 RATIO = re.compile(r"\d+\.\d{2,3} \(\d+\.\d{2,3}–\d+\.\d{2,3}\)")
 
@@ -47,3 +47,36 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it() -> None:
     assert attack_throughput.missing("no-such-library") == (
         "This benchmark compares with no-such-library, which is not installed: uv pip install --no-deps no-such-library"
     )
+
+
+def test_exporting_is_timed_beside_copying_and_converting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "record.json"
+    small = ["--base", "vit_tiny_patch16_224", "--image-size", "32", "--rounds", "1", "--threads", "1"]
+    assert export_time.main([*small, "--formats", "onnx-int8", "--folder", str(tmp_path), "--json", str(path)]) == 0
+    assert RATIO.search(capsys.readouterr().out)
+    found = json.loads(path.read_text())["results"]["onnx-int8"]
+    assert set(found["seconds"]) == {"copy", "marginal", "full"}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_fleets_packages_are_counted(
+    tiny_base_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "record.json"
+    arguments = ["--devices", "3", "--base", str(tiny_base_path), "--threads", "1", "--json", str(path)]
+    assert export_fleet.main(arguments) == 0
+    assert "packages per second" in capsys.readouterr().out
+    results = json.loads(path.read_text())["results"]
+    assert [row["devices"] for row in results["rows"]] == [1, 2, 3]
+    assert results["packages_per_second"] > 0
+
+
+def test_latency_is_compared_in_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "record.json"
+    small = ["--base", "vit_tiny_patch16_224", "--image-size", "32", "--classes", "10", "--rounds", "2"]
+    assert latency.main([*small, "--threads", "1", "--json", str(path)]) == 0
+    assert "times as fast" in capsys.readouterr().out
+    results = json.loads(path.read_text())["results"]
+    assert results["plain"]["ratio"] == 1
+    assert min(results["plain, int8"]["cosines"]) > 0.9
+    assert results["plain, int8"]["bytes"] < results["plain, fp16 weights"]["bytes"] < results["plain"]["bytes"]
