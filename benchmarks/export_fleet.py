@@ -77,9 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         start = time.perf_counter()
         first = start
         for index in range(asked.devices):
-            identity = Identity(
-                f"device-{index}", 1, "0" * 16, "0" * 64, recipe.model_dump(mode="json"), CREATED
-            )
+            identity = Identity(f"device-{index}", 1, "0" * 16, "0" * 64, recipe.model_dump(mode="json"), CREATED)
             package = Path(name) / f"device-{index}"
             export_package(candidate(base, recipe, index), base, identity, images, package, quiet, plan, templates)
             sign_package(package, signing)

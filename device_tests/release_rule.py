@@ -149,9 +149,7 @@ def decide(
     for name, figures in (quantised or {}).items():
         _, fooled = _transfer(rule, figures.worst_fooled)
         for condition in (_accuracy(rule, figures.base_accuracy, figures.accuracy), fooled):
-            conditions.append(
-                Condition(f"{condition.name} {name}", condition.met, f"{name}: {condition.sentence}")
-            )
+            conditions.append(Condition(f"{condition.name} {name}", condition.met, f"{name}: {condition.sentence}"))
     return Decision(rule, tuple(conditions), applied)
 
 

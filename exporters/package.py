@@ -158,9 +158,7 @@ def inspect_package(folder: Path) -> tuple[Manifest, bool]:
     return parse_manifest(_read_manifest(folder)), (folder / SIGNATURE_NAME).is_file()
 
 
-def write_package(
-    folder: Path, manifest: Manifest, digests: Mapping[str, FileDigest] | None = None
-) -> Manifest:
+def write_package(folder: Path, manifest: Manifest, digests: Mapping[str, FileDigest] | None = None) -> Manifest:
     """Make ``folder``, which holds the exported files, an unsigned package; return the manifest with digests.
 
     ``manifest.files`` is replaced by what lies in the folder; ``digests`` are those that the caller took while it

@@ -146,7 +146,9 @@ def _target(fleet: Fleet, verdict: Verdict, base_clean: Proportion) -> TargetRep
         formats=formats_of(verdict.examination.formats),
         quantised=tuple(
             QuantisedReport(
-                format=name, clean=one.clean, accuracy_drop=accuracy_drop(one.base_clean, one.clean),
+                format=name,
+                clean=one.clean,
+                accuracy_drop=accuracy_drop(one.base_clean, one.clean),
                 worst_case=one.judgement.worst_case,
             )
             for name, one in verdict.quantised.items()

@@ -54,7 +54,8 @@ def evidence_of(fleet: Fleet, verdict: Verdict, base_clean: Proportion) -> dict[
         "threats": [threat.to_json() for threat in verdict.judgement.threats],
         "quantised": {
             name: {
-                "base_accuracy": one.base_clean.to_json(), "accuracy": one.clean.to_json(),
+                "base_accuracy": one.base_clean.to_json(),
+                "accuracy": one.clean.to_json(),
                 "cells": [cell.to_json() for cell in one.judgement.cells],
                 "worst_case": one.judgement.worst_case.to_json(),
             }
