@@ -25,6 +25,7 @@ from exporters.onnx_precision import to_fp16, to_int8, to_int8_static
 from exporters.template import (
     TemplateError,
     device_tensors,
+    is_permutation,
     load_template,
     make_template,
     patch,
@@ -168,11 +169,11 @@ def _from_template(
     module: nn.Module, folder: Path, plan: ExportPlan, templates: Templates
 ) -> dict[str, FileDigest] | None:
     """Write the module from the template; None, told to the user, if it has to be converted."""
-    place = _place(module, plan, templates)
-    if (place / _UNUSABLE).is_file():
+    place, made_from = _place(module, plan, templates), _made_from(module, plan, templates)
+    if _is_unusable(place, made_from):
         return None
     try:
-        template = load_template(place, _made_from(module, plan, templates))
+        template = load_template(place, made_from)
         return None if template is None else patch(template, device_tensors(module), folder)
     except TemplateError as error:
         templates.tell(f"The template in {place} is not used ({error}); this model is converted in full.")
@@ -181,8 +182,8 @@ def _from_template(
 
 def _leave_template(module: nn.Module, converted: Path, plan: ExportPlan, templates: Templates) -> None:
     """Make and prove the template of a module that was just converted into ``converted``."""
-    place = _place(module, plan, templates)
-    if (place / _UNUSABLE).is_file():
+    place, made_from = _place(module, plan, templates), _made_from(module, plan, templates)
+    if _is_unusable(place, made_from):
         return
     probe = probe_of(module)
     scratch = place.with_name(f"{place.name}.probe")
@@ -191,7 +192,7 @@ def _leave_template(module: nn.Module, converted: Path, plan: ExportPlan, templa
     try:
         tensors, of_probe = device_tensors(module), device_tensors(probe)
         convert(probe, scratch, plan)
-        template = make_template(scratch, of_probe, _made_from(module, plan, templates))
+        template = make_template(scratch, of_probe, made_from)
         fault = prove(template, tensors, converted)
         if fault is None:
             save_template(template, place)
@@ -201,18 +202,29 @@ def _leave_template(module: nn.Module, converted: Path, plan: ExportPlan, templa
         shutil.rmtree(scratch, ignore_errors=True)
     if fault is not None:
         templates.tell(f"Every device is converted in full: a template would not give this model's bytes ({fault}).")
-        write_atomic(place / _UNUSABLE, f"{fault}\n".encode())
+        write_atomic(place / _UNUSABLE, json.dumps({"made_from": made_from, "fault": fault}).encode())
 
 
-_UNUSABLE = "unusable.txt"
+_UNUSABLE = "unusable.json"
+
+
+def _is_unusable(place: Path, made_from: str) -> bool:
+    """Whether a template of just these inputs was made before and did not give the bytes."""
+    try:
+        return json.loads((place / _UNUSABLE).read_bytes())["made_from"] == made_from
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _made_from(module: nn.Module, plan: ExportPlan, templates: Templates) -> str:
-    """What a template belongs to: the module's structure and constants, the plan, and what the caller names."""
+    """What a template belongs to: the module's structure and constants, the plan, and what the caller names.
+
+    Constants are buffers outside of the state, and integers in it that a probe leaves as they are.
+    """
     constants = hashlib.sha256()
-    state = set(module.state_dict())
+    state = module.state_dict()
     for name, buffer in module.named_buffers():
-        if name not in state:
+        if name not in state or not (buffer.is_floating_point() or is_permutation(buffer)):
             constants.update(name.encode() + buffer.detach().cpu().contiguous().numpy().tobytes())
     return json.dumps(
         {

@@ -96,9 +96,15 @@ def probe_of(module: nn.Module, seed: int = 0) -> nn.Module:
                 # A tensor of one value is that value alone, which must tell it from others of its kind.
                 values.reshape(-1)[:1] = _TINY if values.size > 1 else _TINY * generator.uniform(1, 2)
                 tensor.copy_(torch.from_numpy(values))
-            elif tensor.ndim and torch.equal(tensor.flatten().sort().values, torch.arange(tensor.numel())):
+            elif is_permutation(tensor):
                 tensor.copy_(torch.from_numpy(generator.permutation(tensor.numel())).view(tensor.shape))
     return probe
+
+
+def is_permutation(tensor: torch.Tensor) -> bool:
+    """Whether it holds the integers from 0 on, each once, in any order: what a key decides."""
+    whole = tensor.ndim > 0 and tensor.dtype == torch.int64
+    return whole and torch.equal(tensor.flatten().sort().values.cpu(), torch.arange(tensor.numel()))
 
 
 def make_template(converted: Path, tensors: Mapping[str, np.ndarray], made_from: str) -> Template:

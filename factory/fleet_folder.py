@@ -27,6 +27,16 @@ PASSPHRASE_VARIABLE = "KEYFOUNDRY_PASSPHRASE"
 _MAY_CHANGE = ("devices", "export", "verification")
 
 
+# What it was writing, or replacing.
+_LEFT_BY_A_KILLED_RUN = (
+    "devices/*/.package.*.part",
+    "devices/*/.adapter.*.part",
+    "base/.package.*.part",
+    "work/templates/.*.part",
+    "work/templates/*.probe",
+)
+
+
 class FleetFolder:
     """The paths of one fleet's folder."""
 
@@ -79,8 +89,8 @@ class FleetFolder:
         except Timeout as error:
             raise BusyError(f"Another run is working in {self.root}; wait for it or choose another --out.") from error
         try:
-            for pattern in ("devices/*/.package.*.part", "devices/*/.adapter.*.part", "base/.package.*.part"):
-                for left in self.root.glob(pattern):  # what a killed run was writing, or replacing
+            for pattern in _LEFT_BY_A_KILLED_RUN:
+                for left in self.root.glob(pattern):
                     shutil.rmtree(left, ignore_errors=True)
             yield
         finally:

@@ -55,6 +55,7 @@ def assemble_coreml(adapter: OpenPackage, base: OpenPackage, destination: Path) 
     deltas = _deltas(adapter)
     tensors = _tensors(adapter, base)
     with folder_being_written(destination) as folder:
+        folder.chmod(0o700)  # in clear, these weights give the device's key away
         for delta in deltas:
             _assemble(delta, tensors, adapter, base, folder)
     return tuple(destination / delta.path for delta in deltas)
