@@ -35,6 +35,7 @@ from exporters.template import (
 )
 from exporters.to_coreml import Precision, Target, export_coreml
 from exporters.to_onnx import OPSET, export_onnx
+from exporters.to_ort import export_ort
 from keys.errors import InputError
 from keys.files import write_atomic
 
@@ -90,9 +91,8 @@ class Exported:
 def export(module: nn.Module, folder: Path, plan: ExportPlan, templates: Templates | None = None) -> Exported:
     """Write all formats of ``module`` (N×C×H×W in [0, 1] to logits N×K) into the empty ``folder``.
 
-    With ``templates`` the first model is converted in full and leaves a
-    template, from which the others are written, with the same bytes as a full conversion; without, or where it
-    does not fit, all are converted. Raises :class:`InputError` if the module cannot be exported, and
+    With ``templates`` the first model is converted in full and leaves a template, from which the others are written,
+    with the same bytes as a full conversion; without, or where it does not fit, all are converted. Raises :class:`InputError` if the module cannot be exported, and
     ``StorageError`` if the disk is full.
     """
     digests = None if templates is None else _from_template(module, folder, plan, templates)
@@ -112,7 +112,7 @@ def convert(module: nn.Module, folder: Path, plan: ExportPlan) -> None:
     formats = {one.name: one for one in named_formats(plan.formats)}
     if any(one.runtime == "onnxruntime" for one in formats.values()):
         source = folder / named_formats([ONNX_FP32])[0].path
-        export_onnx(module, source, plan.contract, plan.labels, opset=plan.opset)
+        export_onnx(module, source, plan.contract, plan.labels, opset=plan.opset, batch=plan.batch)
         for name, change in (("onnx-fp16", to_fp16), ("onnx-int8", to_int8)):
             if name in formats:
                 write_atomic(folder / formats[name].path, change(source.read_bytes()))
@@ -139,8 +139,6 @@ def _make_anew(module: nn.Module, folder: Path, plan: ExportPlan) -> dict[str, F
             images = plan.calibration.astype(np.float32) / 255
             write_atomic(folder / one.path, to_int8_static(source.read_bytes(), images))
         elif one.name == "ort-fp32":
-            from exporters.to_ort import export_ort
-
             export_ort(source.read_bytes(), folder / one.path)
         else:
             _export_coreml(module, folder, one, plan)

@@ -78,9 +78,12 @@ def to_int8_static(data: bytes, images: np.ndarray) -> bytes:
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.calibrate import CalibrationDataReader
 
+    fixed = onnx.load_from_string(data).graph.input[0].type.tensor_type.shape.dim[0].dim_value
+    size = fixed or _CALIBRATION_BATCH
+
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            self._batches: Iterator[np.ndarray] = batches(images, _CALIBRATION_BATCH)
+            self._batches: Iterator[np.ndarray] = batches(images, size)
 
         def get_next(self) -> dict[str, np.ndarray] | None:  # type: ignore[override]
             part = next(self._batches, None)

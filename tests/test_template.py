@@ -25,8 +25,12 @@ from exporters import template as template_module
 from exporters.contract import InputContract
 from exporters.encodings import ENCODINGS, Weight, encode
 from exporters.export import ExportPlan, Templates, convert, digests_of, export
+from exporters.formats import FORMATS
 from exporters.manifest import FileDigest
+from exporters.mil.program import read_program
 from exporters.quiet import import_coremltools
+from exporters.run_onnx import OnnxRuntime
+from exporters.run_torch import TorchRuntime
 from exporters.template import TemplateError, device_tensors, load_template, make_template, patch, probe_of, prove
 from factory.block_shuffle import BlockShuffle
 from factory.classifier import ImageClassifier
@@ -103,6 +107,30 @@ def test_a_patched_device_has_the_bytes_of_a_full_conversion(
     assert same >= {f"{one}.mlpackage/Manifest.json" for one in ("model", "model-fp32", "model-int8")}
     assert not any(name.endswith(("weight.bin", ".onnx")) for name in same)
     assert len(second) == 12
+
+
+def test_what_the_plan_says_is_what_is_written(templates: Templates, tmp_path: Path) -> None:
+    """Operator set, batch and target, in formats from the template and in those that are made anew."""
+    names = ("onnx-fp32", "onnx-int8", "onnx-int8-static", "ort-fp32", "coreml-fp16")
+    images = np.random.default_rng(0).integers(0, 256, (4, *CONTRACT.shape), np.uint8)
+    plan = replace(PLAN, formats=names, opset=18, batch="static", target="iOS17", calibration=images)
+    exported(vit(1), tmp_path / "1", plan, templates)
+    assert exported(vit(2), tmp_path / "2", plan, templates) == exported(vit(2), tmp_path / "full", plan, None)
+    floats = images.astype(np.float32) / 255
+    logits = TorchRuntime(vit(2)).logits(floats)
+    for name in names[:-1]:
+        path = tmp_path / "2" / FORMATS[name].path
+        if path.suffix == ".onnx":
+            model = onnx.load(path)
+            assert {entry.version for entry in model.opset_import if not entry.domain} == {18}
+            assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
+        assert np.abs(OnnxRuntime(path).logits(floats) - logits).max() < 0.2 * np.abs(logits).max()
+    program = read_program(tmp_path / "2" / FORMATS["coreml-fp16"].path)
+    assert program.target == 17
+    without = replace(plan, formats=("onnx-int8-static",), calibration=None)
+    (tmp_path / "3").mkdir()
+    with pytest.raises(InputError, match="Static int8 needs images to calibrate on"):
+        export(vit(1), tmp_path / "3", without, None)
 
 
 def test_a_template_holds_no_weights_of_a_device(templates: Templates, tmp_path: Path) -> None:
