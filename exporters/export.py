@@ -92,8 +92,8 @@ def export(module: nn.Module, folder: Path, plan: ExportPlan, templates: Templat
     """Write all formats of ``module`` (N×C×H×W in [0, 1] to logits N×K) into the empty ``folder``.
 
     With ``templates`` the first model is converted in full and leaves a template, from which the others are written,
-    with the same bytes as a full conversion; without, or where it does not fit, all are converted. Raises :class:`InputError` if the module cannot be exported, and
-    ``StorageError`` if the disk is full.
+    with the same bytes as a full conversion; without, or where it does not fit, all are converted. Raises
+    :class:`InputError` if the module cannot be exported, and ``StorageError`` if the disk is full.
     """
     digests = None if templates is None else _from_template(module, folder, plan, templates)
     from_template = digests is not None
