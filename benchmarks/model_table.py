@@ -63,6 +63,8 @@ ROWS = (
     Row("vit_small_patch32_224", "patches of 32"),
     Row("vit_base_patch16_224", "width 768"),
     Row("vit_base_patch8_224", "patches of 8", 32),
+    Row("vit_tiny_patch16_224", "norm of q and k (`qk_norm=True`)", arguments={"depth": 2, "qk_norm": True}),
+    Row("aimv2_large_patch14_224", "RMS norm, SwiGLU", 56),
     Row("deit_tiny_patch16_224", "DeiT"),
     Row("deit_tiny_distilled_patch16_224", "two tokens, two heads"),
     Row("deit3_small_patch16_224", "layer scale, no position for the class token"),

@@ -31,6 +31,9 @@ def quiet() -> Iterator[None]:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(logging.ERROR)
             stack.callback(logging.getLogger(name).setLevel, level)
+        # onnxruntime's quantisation warns through the root logger, whose handlers are this program's.
+        stack.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.WARNING)
         yield
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -340,6 +341,14 @@ def test_int8_is_onnxruntimes(weight: np.ndarray, tmp_path: Path) -> None:
     assert bytes(encode("onnxruntime int8 transposed", Weight("w", weight))) == stored["w_quantized"].tobytes()
     assert bytes(encode("onnxruntime int8 scale per row", Weight("w", weight))) == stored["w_scale"].tobytes()
     assert not stored["w_zero_point"].any()
+
+
+def test_quantising_writes_no_log_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "1").mkdir()
+    convert(vit(1, depth=1), tmp_path / "1", replace(SMALL, formats=("onnx-int8",)))
+    assert [record.name for record in caplog.records if record.levelno >= logging.WARNING] == []
+    logging.getLogger("afterwards").warning("is heard")
+    assert caplog.records[-1].message == "is heard"
 
 
 @pytest.mark.parametrize("weight", list(matrices()), ids=lambda weight: str(weight.shape))
