@@ -88,7 +88,7 @@ ROWS = (
     Row("vit_small_patch16_18x2_224", "two attentions side by side"),
     Row("cait_xxs24_224", "talking heads"),
     Row("swin_tiny_patch4_window7_224", "windows", 224, {"depths": (1, 1, 1, 1)}),
-    Row("mixer_s32_224", "no attention", 64, {"num_blocks": 2}),
+    Row("mixer_s32_224", "no attention", 64, {}),
     Row("resnet18", "convolutions", 64, {}),
 )
 
