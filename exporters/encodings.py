@@ -35,7 +35,8 @@ class Weight:
     def largest_of_rows(self) -> np.ndarray:
         """The largest absolute value of each row, float32; of a vector, of each value."""
         flat = self.values.reshape(len(self.values), -1)
-        return np.maximum(flat.max(axis=1), -flat.min(axis=1))
+        # Of a row of zeros it must be 0.0, not -0.0, which is other bytes.
+        return np.maximum(np.abs(flat.max(axis=1)), np.abs(flat.min(axis=1)))
 
     @cached_property
     def largest(self) -> float:
