@@ -12,6 +12,8 @@ writes one package, above what it held before (the models among it). Run::
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import os
 import shutil
 import sys
@@ -85,6 +87,8 @@ def memory_of(work: Callable[[], None]) -> float:
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not reset.exists():
         return float("nan")
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back, or the work would reuse it unseen
     reset.write_text("5")  # the peak begins anew
     before = _status(status, "VmRSS")
     work()

@@ -56,13 +56,15 @@ def check_module(module: nn.Module, contract: InputContract, labels: Sequence[st
 
 def check_float16_range(module: nn.Module) -> None:
     """Raise :class:`InputError` naming the first tensor with a value that float16 cannot hold (over 65504)."""
-    largest = torch.finfo(torch.float16).max
     for name, tensor in named_tensors(module):
-        peak = float(tensor.abs().max()) if tensor.numel() else 0.0
-        if peak > largest:
-            raise InputError(
-                f"The tensor {name} holds {peak:g}, more than float16 can ({largest:g}); export it in fp32."
-            )
+        check_float16(name, float(tensor.abs().max()) if tensor.numel() else 0.0)
+
+
+def check_float16(name: str, largest: float) -> None:
+    """Raise :class:`InputError` naming the tensor if its ``largest`` absolute value is beyond float16."""
+    limit = torch.finfo(torch.float16).max
+    if largest > limit:
+        raise InputError(f"The tensor {name} holds {largest:g}, more than float16 can ({limit:g}); export it in fp32.")
 
 
 def named_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -17,10 +17,9 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from exporters.checks import check_float16
 from exporters.onnx_file import encoded_varint
 from keys.errors import InputError
-
-_LARGEST_FLOAT16 = float(np.finfo(np.float16).max)
 
 
 class Weight:
@@ -77,11 +76,8 @@ def encode(name: str, weight: Weight) -> memoryview:
     if weight.values.dtype.kind == "f":
         if not np.isfinite(weight.largest):
             raise InputError(f"The tensor {weight.name} holds NaN or infinite values; train the model again.")
-        if ("float16" in name or "coremltools" in name) and weight.largest > _LARGEST_FLOAT16:
-            raise InputError(
-                f"The tensor {weight.name} holds {weight.largest:g}, more than float16 can ({_LARGEST_FLOAT16:g}); "
-                "export it in fp32."
-            )
+        if "float16" in name or "coremltools" in name:
+            check_float16(weight.name, weight.largest)
     return np.ascontiguousarray(ENCODINGS[name].apply(weight)).reshape(-1).view(np.uint8).data
 
 

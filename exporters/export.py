@@ -19,7 +19,7 @@ import numpy as np
 from torch import nn
 
 from exporters.contract import InputContract
-from exporters.formats import DEFAULT_FORMATS, Format, named_formats
+from exporters.formats import DEFAULT_FORMATS, FORMATS, OPSET, Format, named_formats
 from exporters.manifest import FileDigest, FormatEntry
 from exporters.onnx_precision import to_fp16, to_int8, to_int8_static
 from exporters.template import (
@@ -34,7 +34,7 @@ from exporters.template import (
     save_template,
 )
 from exporters.to_coreml import Precision, Target, export_coreml
-from exporters.to_onnx import OPSET, export_onnx
+from exporters.to_onnx import export_onnx
 from exporters.to_ort import export_ort
 from keys.errors import InputError
 from keys.files import write_atomic
@@ -111,7 +111,7 @@ def convert(module: nn.Module, folder: Path, plan: ExportPlan) -> None:
     """Convert the formats that a template can hold, and the float32 ONNX file that others are made of."""
     formats = {one.name: one for one in named_formats(plan.formats)}
     if any(one.runtime == "onnxruntime" for one in formats.values()):
-        source = folder / named_formats([ONNX_FP32])[0].path
+        source = folder / FORMATS[ONNX_FP32].path
         export_onnx(module, source, plan.contract, plan.labels, opset=plan.opset, batch=plan.batch)
         for name, change in (("onnx-fp16", to_fp16), ("onnx-int8", to_int8)):
             if name in formats:
@@ -129,7 +129,7 @@ def _export_coreml(module: nn.Module, folder: Path, one: Format, plan: ExportPla
 def _make_anew(module: nn.Module, folder: Path, plan: ExportPlan) -> dict[str, FileDigest]:
     """Make what no template can hold, then drop the ONNX file if it was only needed for that."""
     formats = {one.name: one for one in named_formats(plan.formats)}
-    source = folder / named_formats([ONNX_FP32])[0].path
+    source = folder / FORMATS[ONNX_FP32].path
     for one in formats.values():
         if one.patched:
             continue

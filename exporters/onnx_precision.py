@@ -22,9 +22,9 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from exporters.checks import check_float16
 from exporters.quiet import quiet
 from exporters.runtime import batches
-from keys.errors import InputError
 
 SUFFIX_FP16 = ".fp16"
 _CALIBRATION_BATCH = 8
@@ -51,9 +51,7 @@ def to_fp16(data: bytes) -> bytes:
 
 def as_float16(values: np.ndarray, name: str) -> np.ndarray:
     """float32 ``values`` to the nearest float16. Raises :class:`InputError` naming a tensor that overflows."""
-    largest = float(np.abs(values).max(initial=0.0))
-    if largest > np.finfo(np.float16).max:
-        raise InputError(f"The tensor {name} holds {largest:g}, more than float16 can (65504); export it in fp32.")
+    check_float16(name, float(np.abs(values).max(initial=0.0)))
     return values.astype(np.float16)
 
 

@@ -158,6 +158,26 @@ def inspect_package(folder: Path) -> tuple[Manifest, bool]:
     return parse_manifest(_read_manifest(folder)), (folder / SIGNATURE_NAME).is_file()
 
 
+def whole_package(folder: Path) -> Manifest | None:
+    """The manifest of a package that holds just the files it lists, signed or not; None if there is no such package."""
+    if not folder.is_dir():
+        return None
+    try:
+        manifest, _ = inspect_package(folder)
+        return manifest if digest_folder(folder) == dict(manifest.files) else None
+    except PackageError:
+        return None
+
+
+def verifies(folder: Path, public_key: bytes, *, fleet_id: str | None = None) -> bool:
+    """Whether :func:`open_package` would open it."""
+    try:
+        open_package(folder, public_key, fleet_id=fleet_id)
+    except PackageError:
+        return False
+    return True
+
+
 def write_package(folder: Path, manifest: Manifest, digests: Mapping[str, FileDigest] | None = None) -> Manifest:
     """Make ``folder``, which holds the exported files, an unsigned package; return the manifest with digests.
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch import nn
 
 from exporters.encodings import ENCODINGS, Weight, encode
 from exporters.manifest import FileDigest, file_name_fault
+from exporters.mil.weights import stored_entries
 from exporters.onnx_file import stored_tensors
 from keys.errors import InputError
 from keys.files import folder_being_written, write_atomic
@@ -314,7 +314,7 @@ def _slots(name: str, data: bytes, encoded: _Encoded) -> list[Slot]:
     if name.endswith(".onnx"):
         places = [(tensor.offset, tensor.length) for tensor in stored_tensors(data)]
     elif name == "weight.bin":
-        places = _entries(data)
+        places = [(start, length) for _, start, length in stored_entries(data)]
     else:
         return _searched(data, encoded) if len(data) <= _LARGEST_SEARCHED else []
     slots = []
@@ -323,17 +323,6 @@ def _slots(name: str, data: bytes, encoded: _Encoded) -> list[Slot]:
         if key is not None:
             slots.append(Slot(offset, length, *key))
     return sorted(slots, key=lambda slot: slot.offset)
-
-
-def _entries(data: bytes) -> list[tuple[int, int]]:
-    """The values of each entry of a weight.bin; see :mod:`exporters.mil.weights` for its layout."""
-    (count,) = struct.unpack_from("<I", data)
-    places, position = [], 64
-    for _ in range(count):
-        size, start = struct.unpack_from("<QQ", data, position + 8)
-        places.append((start, size))
-        position = -(-(start + size) // 64) * 64
-    return places
 
 
 def _searched(data: bytes, encoded: _Encoded) -> list[Slot]:

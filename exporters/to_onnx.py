@@ -25,6 +25,7 @@ from torch import nn
 
 from exporters.checks import check_module, named_tensors
 from exporters.contract import InputContract
+from exporters.formats import OPSET, OPSETS
 from exporters.onnx_lowering import lower_to_17
 from exporters.quiet import quiet
 from keys.errors import InputError
@@ -32,8 +33,6 @@ from keys.files import write_atomic
 
 Batch = Literal["dynamic", "static"]
 
-OPSET = 20
-OLDEST_OPSET, NEWEST_OPSET = 17, 22
 # torch's exporter is written for it; older ones are made from it here.
 _OLDEST_OF_TORCH = 18
 LABELS_KEY = "keyfoundry.labels"
@@ -59,8 +58,8 @@ def export_onnx(
     does not fit into one file (2 GiB) or uses an operator that the exporter or the opset lacks, if ``opset`` or
     ``batch`` is another, and ``StorageError`` if the disk is full.
     """
-    if type(opset) is not int or not OLDEST_OPSET <= opset <= NEWEST_OPSET:
-        raise InputError(f"The ONNX opset must be a whole number from {OLDEST_OPSET} to {NEWEST_OPSET}; got {opset!r}.")
+    if type(opset) is not int or opset not in OPSETS:
+        raise InputError(f"The ONNX opset must be a whole number from {OPSETS[0]} to {OPSETS[-1]}; got {opset!r}.")
     if batch not in get_args(Batch):
         raise InputError(f"The ONNX batch must be 'dynamic' or 'static'; got {batch!r}.")
     check_module(module, contract, labels)

@@ -31,7 +31,7 @@ from exporters.golden import GOLDEN_NAME, Golden, read_golden
 from exporters.manifest import MANIFEST_NAME, FormatEntry, Manifest, utc_text
 from exporters.mil.program import WEIGHTS_PATH
 from exporters.onnx_file import stored_tensors
-from exporters.package import digest_folder, inspect_package, write_package
+from exporters.package import inspect_package, whole_package, write_package
 from exporters.parity import ParityLimits, compare
 from exporters.run_onnx import OnnxRuntime
 from exporters.run_torch import TorchRuntime
@@ -46,7 +46,7 @@ from factory.low_rank_layers import low_rank_layers
 from factory.packaging import tool_versions
 from factory.progress import Progress
 from factory.settings import RecipeSettings
-from keys.errors import CheckFailed, InputError, PackageError
+from keys.errors import CheckFailed, InputError
 from keys.files import folder_being_written, sha256_file, write_atomic
 
 BASE_ID = "base"
@@ -304,13 +304,9 @@ def _compared(full: Manifest, full_package: Path, base_package: Path, folder: Pa
 def _existing(
     package: Path, base: Base, recipe: RecipeSettings, fleet_id: str, formats: Mapping[str, FormatEntry]
 ) -> Manifest | None:
-    if not package.is_dir():
-        return None
-    try:
-        manifest, _ = inspect_package(package)
-        whole = digest_folder(package) == dict(manifest.files)
-    except PackageError:
+    manifest = whole_package(package)
+    if manifest is None:
         return None
     found = (manifest.kind, manifest.base_digest, dict(manifest.recipe), manifest.fleet_id, dict(manifest.formats))
     wanted = ("base", base.digest, recipe.model_dump(mode="json"), fleet_id, dict(formats))
-    return manifest if whole and found == wanted else None
+    return manifest if found == wanted else None

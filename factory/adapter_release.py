@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 
-from exporters.package import inspect_package, open_package, sign_package
+from exporters.package import inspect_package, open_package, sign_package, verifies
 from factory.adapter_package import export_adapter_package, export_base_package
 from factory.fleet import Fleet, Verdict
 from keys.errors import PackageError
@@ -33,14 +32,14 @@ def publish_adapters(fleet: Fleet, verdicts: Sequence[Verdict]) -> None:
     if not settings.adapters:
         return
     base_package = fleet.folder.base_package
-    if not _verifies(fleet, base_package):
+    if not verifies(base_package, key.public_bytes, fleet_id=fleet.vault.fleet_id):
         shutil.rmtree(base_package, ignore_errors=True)
     export_base_package(
         fleet.base, recipe, fleet.vault.fleet_id, fleet.splits.validation.images.numpy(), base_package, fleet.progress,
         created=min(verdict.candidate.model.created for verdict in verdicts), formats=settings.formats,
         target=settings.target,
     )  # fmt: skip
-    if not _verifies(fleet, base_package):
+    if not verifies(base_package, key.public_bytes, fleet_id=fleet.vault.fleet_id):
         sign_package(base_package, key)
     for verdict in verdicts:
         package = fleet.folder.adapter_package(verdict.candidate.name)
@@ -50,14 +49,6 @@ def publish_adapters(fleet: Fleet, verdicts: Sequence[Verdict]) -> None:
                 package, fleet.progress,
             )  # fmt: skip
             sign_package(package, key)
-
-
-def _verifies(fleet: Fleet, package: Path) -> bool:
-    try:
-        open_package(package, fleet.vault.signing_key().public_bytes, fleet_id=fleet.vault.fleet_id)
-    except PackageError:
-        return False
-    return True
 
 
 def _current(fleet: Fleet, verdict: Verdict) -> bool:

@@ -20,7 +20,7 @@ from exporters.formats import FORMATS
 from exporters.golden import GOLDEN_NAME, Golden
 from exporters.manifest import SIGNATURE_NAME, FileDigest, Manifest, utc_text
 from exporters.measured import NotMeasured
-from exporters.package import digest_folder, inspect_package, write_package
+from exporters.package import inspect_package, whole_package, write_package
 from exporters.parity import Parity, ParityLimits, measure_parity
 from exporters.run_coreml import CoreMLEvaluator, best_coreml_runtime
 from exporters.run_onnx import OnnxRuntime
@@ -30,7 +30,6 @@ from factory.base import Base
 from factory.progress import Progress
 from factory.record import kept
 from factory.settings import ExportSettings
-from keys.errors import PackageError
 from keys.files import folder_being_written, write_atomic
 
 ONNX_NAME = FORMATS["onnx-fp32"].path
@@ -108,16 +107,12 @@ def export_package(
 
 
 def _existing(package: Path, identity: Identity, base: Base, plan: ExportPlan) -> Manifest | None:
-    if not package.is_dir():
-        return None
-    try:
-        manifest, _ = inspect_package(package)
-        whole = digest_folder(package) == dict(manifest.files)
-    except PackageError:
+    manifest = whole_package(package)
+    if manifest is None:
         return None
     same = all(getattr(manifest, name) == value for name, value in identity.fields().items())
     same = same and manifest.base_digest == base.digest and dict(manifest.formats) == plan.entries()
-    return manifest if whole and same else None
+    return manifest if same else None
 
 
 def open_formats(package: Path) -> dict[str, Runtime]:

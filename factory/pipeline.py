@@ -253,7 +253,7 @@ def judge_candidate(
             self_checks(facing), required=required_threats(fleet), weak=weak_sources(facing, clean),
         )  # fmt: skip
         stage.advance()
-    quantised = judge_quantised(fleet, candidate, public_base(fleet), facing, on, required_threats(fleet))
+    quantised = judge_quantised(fleet, candidate, public_base(fleet), base_clean, facing, on, required_threats(fleet))
     examination = examine(fleet, candidate, public_base(fleet), facing, on)
     decision = decide(
         release_rule(fleet.settings.release), base_accuracy=base_clean, device_accuracy=clean, parities=parity,

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from device_tests.accuracy import accuracy
+from device_tests.evidence import Proportion
 from device_tests.threats import Threat
 from device_tests.transfer import judge
 from exporters.formats import FORMATS
@@ -23,12 +24,13 @@ from factory.verification import Attacked, AttackedSource, self_checks, weak_sou
 
 
 def judge_quantised(
-    fleet: Fleet, candidate: Candidate, base: nn.Module, sources: Sequence[AttackedSource], on: Attacked,
-    required: Sequence[Threat],
+    fleet: Fleet, candidate: Candidate, base: nn.Module, base_clean: Proportion, sources: Sequence[AttackedSource],
+    on: Attacked, required: Sequence[Threat],
 ) -> Mapping[str, Quantised]:  # fmt: skip
     """What each quantised format of a candidate's package answers, by the format's title.
 
-    ``base``: the public base, for the accuracy on the same images; ``sources``: those judged on the candidate.
+    ``base``: the public base, and ``base_clean`` its accuracy on all test images; ``sources``: those judged on the
+    candidate.
     """
     manifest, _ = inspect_package(candidate.package)
     formats = [one for one in FORMATS.values() if one.quantised and one.name in manifest.formats]
@@ -36,18 +38,18 @@ def judge_quantised(
     if not formats:
         return judged
     test = fleet.splits.test
+    answered = {"onnxruntime": (test.images.numpy(), test.labels.numpy(), base_clean)}
+    if any(one.runtime == "coreml" for one in formats):
+        answered["coreml"] = (on.images, on.labels, accuracy(TorchRuntime(base), on.images, on.labels))
     with fleet.progress.stage(f"judge quantised {candidate.name}", total=len(formats), unit="formats") as stage:
         for one in formats:
             runtime = open_format(candidate.package / one.path, one.runtime)
-            images, labels = on.images, on.labels
-            if one.runtime == "onnxruntime":
-                images, labels = test.images.numpy(), test.labels.numpy()
+            images, labels, of_base = answered[one.runtime]
             clean = accuracy(runtime, images, labels)
-            base_clean = accuracy(TorchRuntime(base), images, labels)
             judgement = judge(
                 runtime, candidate.name, on.images, on.labels, [source.adversarial for source in sources],
                 self_checks(sources), required=required, weak=weak_sources(sources, clean),
             )  # fmt: skip
-            judged[one.title] = Quantised(base_clean, clean, judgement)
+            judged[one.title] = Quantised(of_base, clean, judgement)
             stage.advance(note=one.title)
     return judged

@@ -9,11 +9,11 @@ from typing import Any
 from device_tests.evidence import Proportion
 from device_tests.release_rule import ReleaseRule
 from exporters.manifest import MANIFEST_NAME, SIGNATURE_NAME
-from exporters.package import add_evidence, inspect_package, open_package, sign_package
+from exporters.package import add_evidence, inspect_package, sign_package, verifies
 from factory.fleet import Fleet, Verdict
 from factory.registry import DeviceRow, Registry
 from factory.settings import ReleaseSettings
-from keys.errors import InputError, PackageError
+from keys.errors import InputError
 from keys.files import sha256_file
 
 
@@ -74,20 +74,12 @@ def publish(fleet: Fleet, verdict: Verdict, base_clean: Proportion) -> None:
     package, released = verdict.candidate.package, verdict.decision.released
     evidence = evidence_of(fleet, verdict, base_clean)
     manifest, signed = inspect_package(package)
-    as_decided = _verifies(package, fleet.vault.signing_key().public_bytes) if released else not signed
+    as_decided = verifies(package, fleet.vault.signing_key().public_bytes) if released else not signed
     if json.loads(json.dumps(evidence)) != manifest.evidence or not as_decided:
         add_evidence(package, evidence)
         if released:
             sign_package(package, fleet.vault.signing_key())
     _record(fleet, verdict, package)
-
-
-def _verifies(package: Path, public_key: bytes) -> bool:
-    try:
-        open_package(package, public_key)
-    except PackageError:
-        return False
-    return True
 
 
 def _record(fleet: Fleet, verdict: Verdict, package: Path) -> None:

@@ -191,7 +191,7 @@ class ExportSettings(Section):
     @classmethod
     def _opset(cls, opset: int) -> int:
         if opset not in OPSETS:
-            raise ValueError(f"must be {OPSETS.start} to {OPSETS.stop - 1}")
+            raise ValueError(f"must be {OPSETS[0]} to {OPSETS[-1]}")
         return opset
 
 

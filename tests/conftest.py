@@ -34,8 +34,17 @@ if TYPE_CHECKING:
     from factory.data import Splits
     from factory.progress import Progress
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: more threads would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parent.parent
+_LONG = ("test_readme.py", "test_template.py")
 GREY_8X8 = InputContract(channels=1, height=8, width=8, resize="bicubic to 8x8, no crop")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take minutes begin first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.name not in _LONG)  # stable: else the order stays
 
 
 @pytest.fixture(scope="session")

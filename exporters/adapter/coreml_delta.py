@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from exporters.manifest import shown
-from exporters.mil.weights import ALIGNMENT, SENTINEL
+from exporters.mil.weights import stored_entries
 from keys.errors import InputError, PackageError
 
 DELTA_NAME = "coreml-delta.json"
@@ -27,9 +26,7 @@ _SCHEMA = 1
 _NONZERO = "float16-nonzero"
 # How a tensor is rounded → the type of the entry that it goes into.
 _ROUNDINGS = {_NONZERO: "float16", "float16": "float16", "float32": "float32"}
-# The layout is described in exporters.mil.weights.
-_HEADER = struct.Struct("<II")
-_ENTRY = struct.Struct("<IIQQ")
+# Types of entries by their number; all others are no floats.
 _FLOATS = {1: "float16", 2: "float32"}
 
 
@@ -93,8 +90,8 @@ def find_delta(path: str, base: bytes, device: bytes, tensors: Mapping[str, np.n
 
     Raises :class:`InputError` if the two have other layouts or differ in anything else.
     """
-    entries = list(_entries(base))
-    if len(base) != len(device) or entries != list(_entries(device)):
+    entries = stored_entries(base)
+    if len(base) != len(device) or entries != stored_entries(device):
         raise InputError(
             f"LoRA-only is not possible for this model: the weights of {path} lie otherwise in the base than in the "
             "device's package; send the full package."
@@ -106,11 +103,11 @@ def find_delta(path: str, base: bytes, device: bytes, tensors: Mapping[str, np.n
         if tensor.dtype == np.float32
     }
     slots = []
-    for dtype, offset, length in entries:
+    for kind, offset, length in entries:
         values = device[offset : offset + length]
         if values == base[offset : offset + length]:
             continue
-        found = names.get((dtype, hashlib.sha256(values).digest()))
+        found = names.get((_FLOATS.get(kind, ""), hashlib.sha256(values).digest()))
         if found is None:
             raise InputError(
                 f"LoRA-only is not possible for this model: {length} bytes at byte {offset} of the weights of {path} "
@@ -150,23 +147,3 @@ def _delta(entry: Any) -> CoreMLDelta:
     if type(path) is not str or type(digest) is not str:
         raise ValueError("no path or digest")
     return CoreMLDelta(path, digest, slots)
-
-
-def _entries(weights: bytes) -> Iterator[tuple[str, int, int]]:
-    """Type, offset of the values and length of every entry, in order; types that are no floats by their number.
-
-    Raises :class:`InputError` if the bytes are not a ``weight.bin``.
-    """
-    damaged = InputError("A file weight.bin is damaged or of an unknown layout; export the model again.")
-    if len(weights) < ALIGNMENT:
-        raise damaged
-    count, _ = _HEADER.unpack_from(weights)
-    position = ALIGNMENT
-    for _ in range(count):
-        if position + ALIGNMENT > len(weights):
-            raise damaged
-        sentinel, kind, length, start = _ENTRY.unpack_from(weights, position)
-        if sentinel != SENTINEL or start != position + ALIGNMENT or start + length > len(weights):
-            raise damaged
-        yield _FLOATS.get(kind, str(kind)), start, length
-        position = -(-(start + length) // ALIGNMENT) * ALIGNMENT

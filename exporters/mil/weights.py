@@ -31,6 +31,27 @@ _ENTRY = struct.Struct("<IIQQQ")
 _STORED = {element.stored: element for element in ELEMENTS.values() if element.stored is not None}
 
 
+def stored_entries(data: bytes) -> list[tuple[int, int, int]]:
+    """Type, offset of the values and length in bytes of every entry of a ``weight.bin``, in the order of the file.
+
+    Raises :class:`InputError` if the bytes are not such a file.
+    """
+    damaged = InputError("A file weight.bin is damaged or of an unknown layout; export the model again.")
+    if len(data) < ALIGNMENT:
+        raise damaged
+    count, _ = _HEADER.unpack_from(data)
+    entries, position = [], ALIGNMENT
+    for _ in range(count):
+        if position + ALIGNMENT > len(data):
+            raise damaged
+        sentinel, kind, length, start, _ = _ENTRY.unpack_from(data, position)
+        if sentinel != SENTINEL or start != position + ALIGNMENT or start + length > len(data):
+            raise damaged
+        entries.append((kind, start, length))
+        position = -(-(start + length) // ALIGNMENT) * ALIGNMENT
+    return entries
+
+
 @dataclass(frozen=True)
 class WeightFile:
     """The bytes of a ``weight.bin`` and what to call it in errors.
