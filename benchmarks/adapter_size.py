@@ -32,11 +32,11 @@ from factory.adaptation import adapt
 from factory.adapter_package import export_adapter_package, export_base_package, sizes_of
 from factory.base import Base, build_vit, timm_architecture
 from factory.classifier import ImageClassifier
-from factory.device_model import keyed_shuffle
+from factory.device_model import keyed_transform
 from factory.folding import bake
 from factory.packaging import Identity, export_package
 from factory.progress import Progress
-from factory.settings import RecipeSettings
+from factory.recipes.recipe import RecipeSettings
 from keys.derive import fixed_guess
 from keys.signing import SigningKey
 
@@ -89,11 +89,11 @@ def measured(name: str, classes: int, rank: int) -> dict[str, Any]:
 
 def _model(base: Base, recipe: RecipeSettings) -> ImageClassifier:
     torch.manual_seed(0)
-    vit = adapt(base.vit, recipe)
+    vit = adapt(base.network, recipe)
     for parameter in vit.parameters():
         if parameter.requires_grad:
             parameter.data.normal_(0, 0.02)
-    shuffle = keyed_shuffle(base, recipe, fixed_guess("size"))
+    shuffle = keyed_transform(base, recipe, fixed_guess("size"))
     return ImageClassifier(vit, base.architecture.mean, base.architecture.std, shuffle).eval()
 
 

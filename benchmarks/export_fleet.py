@@ -26,11 +26,12 @@ from exporters.package import sign_package
 from factory.adaptation import adapt
 from factory.base import Base, load_base, read_architecture
 from factory.classifier import ImageClassifier
-from factory.device_model import keyed_shuffle
+from factory.device_model import keyed_transform
 from factory.folding import bake
 from factory.packaging import Identity, export_package, export_plan, fleet_templates
 from factory.progress import Progress
-from factory.settings import BaseSettings, ExportSettings, RecipeSettings
+from factory.recipes.recipe import RecipeSettings
+from factory.settings import BaseSettings, ExportSettings
 from keys.derive import fixed_guess
 from keys.signing import SigningKey
 
@@ -40,12 +41,12 @@ CREATED = datetime(2030, 1, 31, 12, 0, 0, tzinfo=UTC)
 def candidate(base: Base, recipe: RecipeSettings, index: int) -> torch.nn.Module:
     """The baked model of one device: its key's shuffle and a random update instead of a trained one."""
     torch.manual_seed(index)
-    adapted = adapt(base.vit, recipe)
+    adapted = adapt(base.network, recipe)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.01)
-    shuffle = keyed_shuffle(base, recipe, fixed_guess(f"device-{index}"))
+    shuffle = keyed_transform(base, recipe, fixed_guess(f"device-{index}"))
     return bake(ImageClassifier(adapted, base.architecture.mean, base.architecture.std, shuffle))
 
 

@@ -32,10 +32,10 @@ from exporters.manifest import Manifest, utc_text
 from exporters.package import write_package
 from factory.base import Base, build_vit, timm_architecture
 from factory.classifier import ImageClassifier
-from factory.device_model import keyed_shuffle
+from factory.device_model import keyed_transform
 from factory.folding import bake
 from factory.packaging import tool_versions
-from factory.settings import RecipeSettings
+from factory.recipes.recipe import RecipeSettings
 from keys.derive import fixed_guess
 from keys.files import folder_being_written, sync_folder
 
@@ -48,8 +48,8 @@ def device(name: str, base_name: str, size: int | None, seed: int) -> tuple[Base
     """A baked model under the public key that is guessed for ``name``, with random weights from ``seed``."""
     architecture = timm_architecture(base_name, tuple(f"class-{index}" for index in range(10)), size)
     base = Base(architecture, build_vit(architecture, seed=seed))
-    shuffle = keyed_shuffle(base, RecipeSettings(), fixed_guess(name))
-    return base, bake(ImageClassifier(base.vit, architecture.mean, architecture.std, shuffle))
+    shuffle = keyed_transform(base, RecipeSettings(), fixed_guess(name))
+    return base, bake(ImageClassifier(base.network, architecture.mean, architecture.std, shuffle))
 
 
 def write(module: nn.Module, plan: ExportPlan, package: Path, templates: Templates | None) -> None:

@@ -27,9 +27,9 @@ from exporters.run_onnx import OnnxRuntime
 from exporters.to_onnx import export_onnx
 from factory.base import Base, build_vit, timm_architecture
 from factory.classifier import ImageClassifier
-from factory.device_model import keyed_shuffle
+from factory.device_model import keyed_transform
 from factory.folding import bake
-from factory.settings import RecipeSettings
+from factory.recipes.recipe import RecipeSettings
 from keys.derive import fixed_guess
 
 PLAIN, FOLDED, GATHERED = "plain", "folded", "gathered"
@@ -43,8 +43,8 @@ def files(base_name: str, size: int | None, classes: int, seed: int) -> tuple[di
     base = Base(architecture, build_vit(architecture, seed=seed))
     key, made = fixed_guess("latency"), {}
     for name, block_size in ((PLAIN, None), (FOLDED, base.patch_size), (GATHERED, 2 * base.patch_size)):
-        shuffle = None if block_size is None else keyed_shuffle(base, RecipeSettings(block_size=block_size), key)
-        baked = bake(ImageClassifier(base.vit, architecture.mean, architecture.std, shuffle))
+        shuffle = None if block_size is None else keyed_transform(base, RecipeSettings(block_size=block_size), key)
+        baked = bake(ImageClassifier(base.network, architecture.mean, architecture.std, shuffle))
         with tempfile.TemporaryDirectory() as folder:
             export_onnx(baked, Path(folder) / "model.onnx", architecture.contract, architecture.labels)
             made[name] = (Path(folder) / "model.onnx").read_bytes()

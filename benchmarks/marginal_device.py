@@ -39,7 +39,9 @@ from factory.folding import bake
 from factory.packaging import ONNX_NAME
 from factory.progress import Progress
 from factory.queries import asked_target, bypass_source, query_attacks
-from factory.settings import RecipeSettings, TrainingSettings, VerificationSettings
+from factory.recipes.recipe import RecipeSettings
+from factory.recipes.training import TrainingSettings
+from factory.settings import VerificationSettings
 from factory.verification import Attacked, AttackedSource, attack_source, attacks_of, self_checks, strong_budget
 from keys.derive import fixed_guess
 from keys.files import sha256_file

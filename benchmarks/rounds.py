@@ -116,7 +116,7 @@ def base_and_sample(name: str) -> tuple[Base, ImageClassifier, Splits]:
     """The base, the base as a classifier of images in [0, 1], and the shipped Fashion-MNIST sample at its size."""
     settings = BaseSettings(name=name)
     base = load_base(settings, read_architecture(settings).labels, 0)
-    model = ImageClassifier(base.vit, base.architecture.mean, base.architecture.std).eval()
+    model = ImageClassifier(base.network, base.architecture.mean, base.architecture.std).eval()
     return base, model, load_splits(DataSettings(), base.architecture.contract, Path(), Progress(quiet=True))
 
 

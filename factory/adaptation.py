@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from factory.low_rank_layers import merge_low_rank
-from factory.settings import RecipeSettings
+from factory.recipes.recipe import RecipeSettings
 from factory.vits import KeyedVit, attention_projections, heads
 from keys.errors import InputError
 from keys.files import folder_being_written, sha256_file, write_atomic

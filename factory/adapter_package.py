@@ -45,7 +45,7 @@ from factory.folding import bake
 from factory.low_rank_layers import low_rank_layers
 from factory.packaging import tool_versions
 from factory.progress import Progress
-from factory.settings import RecipeSettings
+from factory.recipes.recipe import RecipeSettings
 from keys.errors import CheckFailed, InputError
 from keys.files import folder_being_written, sha256_file, write_atomic
 
@@ -53,7 +53,7 @@ BASE_ID = "base"
 # The same float32 values, of which the updates are added to the activations instead of to the weights.
 LIMITS = ParityLimits("fp32", 1e-5, 1.0)
 _GOLDEN_IMAGES = 8
-_SHUFFLE = "shuffle.permutation"
+_SHUFFLE = "transform.permutation"
 _ONNX = FORMATS["onnx-fp32"]
 _COREML = (FORMATS["coreml-fp16"], FORMATS["coreml-fp32"])
 
@@ -185,11 +185,11 @@ def _plain(base: Base, recipe: RecipeSettings) -> _Plain:
         )
     side, channels = block_size(base, recipe), base.architecture.contract.channels
     unkeyed = BlockShuffle(np.arange(channels * side**2), channels=channels, block_size=side)
-    module = bake(ImageClassifier(base.vit, base.architecture.mean, base.architecture.std, unkeyed))
+    module = bake(ImageClassifier(base.network, base.architecture.mean, base.architecture.std, unkeyed))
     # A shuffle that could not be folded stays in the graph, around the ViT.
-    prefix = "vit." if isinstance(module, ImageClassifier) else ""
+    prefix = "network." if isinstance(module, ImageClassifier) else ""
     with torch.random.fork_rng(devices=[]):  # peft draws the updates, which are not looked at here
-        adapted = adapt(base.vit, recipe)
+        adapted = adapt(base.network, recipe)
     assert isinstance(adapted, PeftModel)
     layers = {name: found.layer for name, found in low_rank_layers(adapted).items()}
     low_rank = tuple(name for name, layer in layers.items() if isinstance(layer, nn.Linear))
@@ -218,12 +218,12 @@ def _with_places(plain: _Plain, rank: int) -> tuple[nn.Module, list[str]]:
 
 def _tensors(model: ImageClassifier, plain: _Plain) -> dict[str, np.ndarray]:
     """What the adapter file holds."""
-    if not isinstance(model.vit, PeftModel):
+    if not isinstance(model.network, PeftModel):
         raise InputError("LoRA-only packages need a model that LoRA adapted; send the full package.")
     baked = bake(model)
     state = baked.state_dict()
-    prefix = "vit." if isinstance(baked, ImageClassifier) else ""
-    layers = {f"{prefix}{name}": layer for name, layer in low_rank_layers(model.vit).items()}
+    prefix = "network." if isinstance(baked, ImageClassifier) else ""
+    layers = {f"{prefix}{name}": layer for name, layer in low_rank_layers(model.network).items()}
     missing = [*(set(plain.whole) - state.keys()), *(set(plain.low_rank) - layers.keys())]
     if missing:
         raise InputError(f"The device's model has no {sorted(missing)[0]}, so it was not made by this recipe.")

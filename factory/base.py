@@ -48,12 +48,12 @@ class Base:
     """The shared ViT, in evaluation mode, and everything that a device model inherits from it."""
 
     architecture: Architecture
-    vit: KeyedVit
+    network: KeyedVit
 
     @property
     def patch_size(self) -> int:
         """Side of one patch in pixels."""
-        embedding: Any = self.vit.patch_embed
+        embedding: Any = self.network.patch_embed
         height, width = embedding.patch_size
         if height != width:
             raise InputError(f"Base {self.architecture.name} has patches of {height}×{width}; they must be square.")
@@ -62,7 +62,7 @@ class Base:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the architecture and all weights: the base's name in manifests."""
-        return weights_digest(self.vit, json.dumps(_to_json(self.architecture), sort_keys=True))
+        return weights_digest(self.network, json.dumps(_to_json(self.architecture), sort_keys=True))
 
 
 def weights_digest(module: nn.Module, prefix: str = "") -> str:
@@ -190,7 +190,7 @@ def _checkpoint(settings: BaseSettings) -> Path | None:
 def save_checkpoint(base: Base, path: Path, notes: dict[str, Any] | None = None) -> None:
     """Write the base as one safetensors file; ``notes`` (seed, command, result) go into its metadata."""
     metadata = {"keyfoundry": json.dumps({**_to_json(base.architecture), "notes": notes or {}}, sort_keys=True)}
-    tensors = {name: tensor.detach().contiguous() for name, tensor in base.vit.state_dict().items()}
+    tensors = {name: tensor.detach().contiguous() for name, tensor in base.network.state_dict().items()}
     write_atomic(path, save(tensors, metadata))
 
 

@@ -16,21 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from exporters.manifest import parse_utc, utc_text
 from factory.adaptation import adapt, adapter_digest, load_adapter, save_adapter, trainable_parameters
 from factory.base import Base
-from factory.block_shuffle import BlockShuffle, check_block_size
+from factory.block_shuffle import check_block_size
 from factory.classifier import ImageClassifier
 from factory.data import Splits
 from factory.progress import Progress
+from factory.recipes.recipe import RecipeSettings
 from factory.seeds import derive_seed
-from factory.settings import RecipeSettings
 from factory.train import Epoch, train
 from keys.derive import DeviceKey
 from keys.errors import InputError
 from keys.files import write_atomic
-from keys.permutation import permutation
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,9 @@ def block_size(base: Base, recipe: RecipeSettings) -> int:
     return size
 
 
-def keyed_shuffle(base: Base, recipe: RecipeSettings, key: DeviceKey) -> BlockShuffle:
-    """The block shuffle that ``key`` stands for on this base."""
-    size, channels = block_size(base, recipe), base.architecture.contract.channels
-    return BlockShuffle(permutation(key, channels * size**2), channels=channels, block_size=size)
+def keyed_transform(base: Base, recipe: RecipeSettings, key: DeviceKey | None) -> nn.Module | None:
+    """What the recipe does to images of this base under ``key``; None: nothing, as in an un-keyed control."""
+    return recipe.transform.build(key, base.architecture.contract.shape, block_size(base, recipe))
 
 
 def make_device_model(
@@ -75,20 +74,20 @@ def make_device_model(
     ``identity`` names the key without revealing it (fleet, device, generation). Everything lies in ``folder``:
     ``adapter/``, the training checkpoint and ``model.json``, which says what the adapter was made from.
     """
-    shuffle = None if key is None else keyed_shuffle(base, recipe, key)
+    transform = keyed_transform(base, recipe, key)
     made_from = _fingerprint(base, recipe, splits, identity, seed)
     record, adapter = folder / "model.json", folder / "adapter"
     architecture = base.architecture
     finished: dict[str, Any] | None = _read(record, made_from)
     torch.manual_seed(derive_seed(seed, name, "initial adapter"))  # peft draws from the global generator
-    vit = adapt(base.vit, recipe) if finished is None else load_adapter(base.vit, recipe, adapter)
-    classifier = ImageClassifier(vit, architecture.mean, architecture.std, shuffle)
+    network = adapt(base.network, recipe) if finished is None else load_adapter(base.network, recipe, adapter)
+    classifier = ImageClassifier(network, architecture.mean, architecture.std, transform)
     if finished is None:
         history = _fine_tune(classifier, recipe, splits, name, made_from, seed, folder, progress)
-        save_adapter(vit, adapter)
+        save_adapter(network, adapter)
         values: dict[str, Any] = {
             "made_from": made_from, "adapter_digest": adapter_digest(adapter), "seed": seed,
-            "trainable_parameters": trainable_parameters(vit), "history": [asdict(epoch) for epoch in history],
+            "trainable_parameters": trainable_parameters(network), "history": [asdict(epoch) for epoch in history],
             "created": utc_text(datetime.now(UTC)),
         }  # fmt: skip
         write_atomic(record, json.dumps(values, indent=1).encode())
@@ -109,9 +108,12 @@ def _fine_tune(
 ) -> tuple[Epoch, ...]:  # fmt: skip
     checkpoint = folder / f"training-{made_from[:16]}.safetensors"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    objective = recipe.objective.build(classifier.network, len(splits.labels), recipe.training.label_smoothing)
     history = train(
         classifier, splits.train, splits.validation, recipe.training, seed=seed, name=name, checkpoint=checkpoint,
         progress=progress,
+        objective=objective if recipe.adversarial is None else recipe.adversarial.build(objective),
+        curriculum=None if recipe.curriculum is None else recipe.curriculum.build(),
     )  # fmt: skip
     return tuple(history)
 

@@ -9,6 +9,7 @@ import platform
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from device_tests.accuracy import accuracy_drop
 from device_tests.evidence import Proportion
@@ -42,7 +43,7 @@ from device_tests.statistics import at_least_once
 from device_tests.threats import Threat
 from exporters.measured import NotMeasured
 from exporters.parity import Parity
-from factory.device_model import keyed_shuffle
+from factory.device_model import block_size, keyed_transform
 from factory.fleet import Findings, Fleet, Verdict
 from factory.packaging import tool_versions
 from factory.release import release_rule
@@ -76,7 +77,7 @@ def report_document(findings: Findings, command: str) -> ReportDocument:
         seconds={name: round(seconds, 2) for name, seconds in findings.seconds.items()},
         base=BaseReport(
             name=fleet.settings.base.name, digest=fleet.base.digest,
-            parameters=sum(p.numel() for p in fleet.base.vit.parameters()), clean=findings.base_clean,
+            parameters=sum(p.numel() for p in fleet.base.network.parameters()), clean=findings.base_clean,
         ),
         data=DataReport(
             name=splits.name, digest=splits.digest, train=len(splits.train), validation=len(splits.validation),
@@ -121,11 +122,10 @@ def this_machine() -> Machine:
 
 
 def _target(fleet: Fleet, verdict: Verdict, base_clean: Proportion) -> TargetReport:
-    control = verdict.candidate.model.classifier.shuffle is None
+    control = verdict.candidate.model.classifier.transform is None
     released = verdict.decision.released and not control
     recipe = fleet.settings.recipe
-    shuffle = verdict.candidate.model.classifier.shuffle
-    keyed = "no key" if shuffle is None else f"block shuffle M = {shuffle.block_size}"
+    keyed = "no key" if control else f"{recipe.transform.title} M = {block_size(fleet.base, recipe)}"
     queries = verdict.examination.queries
     judgements = [verdict.judgement, *([] if queries is None else [queries.judgement])]
     adaptation = f"LoRA r = {recipe.rank}" if recipe.adaptation == "lora" else recipe.adaptation
@@ -240,7 +240,7 @@ def report_examples(findings: Findings) -> tuple[Example, ...]:
             [base.source.model(part.float() / 255).argmax(1).numpy() for part in torch.from_numpy(attacked).split(256)]
         )
     # One clean image beside its shuffled form gives a permutation away, so the picture shows a public key's shuffle.
-    shuffle = keyed_shuffle(fleet.base, fleet.settings.recipe, fixed_guess("illustration"))
+    shuffle = keyed_transform(fleet.base, fleet.settings.recipe, fixed_guess("illustration"))
     examples = []
     for verdict in findings.verdicts:
         says = verdict.judgement.predictions[base.source.id, attack]
@@ -253,11 +253,16 @@ def report_examples(findings: Findings) -> tuple[Example, ...]:
                 Example(
                     device_id=verdict.candidate.name, source_id=base.source.id, attack=attack,
                     label=labels[int(clean.labels[index])], predicted=labels[int(says[index])],
-                    clean=before.numpy(), keyed=shuffle(before[None].float())[0].byte().numpy(),
+                    clean=before.numpy(), keyed=_keyed(shuffle, before),
                     adversarial=after.numpy(), difference=difference_times_ten(before.numpy(), after.numpy()),
                 )
             )  # fmt: skip
     return tuple(examples)
+
+
+def _keyed(shuffle: nn.Module | None, image: Tensor) -> np.ndarray:
+    """What ``shuffle`` makes of a uint8 image C×H×W."""
+    return image.numpy() if shuffle is None else shuffle(image[None].float())[0].byte().numpy()
 
 
 def _processor() -> str:

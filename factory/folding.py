@@ -22,31 +22,32 @@ from factory.vits import KeyedVit
 def bake(model: ImageClassifier) -> nn.Module:
     """A plain module for export, float N×C×H×W in [0, 1] to logits: merged, and folded where that is possible."""
     merged = ImageClassifier(
-        merge(model.vit), model.mean.flatten().tolist(), model.std.flatten().tolist(), model.shuffle
+        merge(model.network), model.mean.flatten().tolist(), model.std.flatten().tolist(), model.transform
     )
     return (fold(merged) if can_fold(merged) else merged).eval()
 
 
 def can_fold(model: ImageClassifier) -> bool:
     """Whether every patch consists of whole blocks, and patches neither overlap nor are padded."""
-    assert isinstance(model.vit, KeyedVit)
-    projection = _projection(model.vit)
+    assert isinstance(model.network, KeyedVit)
+    projection = _projection(model.network)
     tiles = projection.stride == projection.kernel_size and projection.padding == (0, 0)
-    side = projection.kernel_size[0]
-    return tiles and (model.shuffle is None or side % model.shuffle.block_size == 0)
+    transform, side = model.transform, projection.kernel_size[0]
+    shuffled = isinstance(transform, BlockShuffle) and side % transform.block_size == 0
+    return tiles and (transform is None or shuffled)
 
 
 def fold(model: ImageClassifier) -> KeyedVit:
     """Fold shuffle and normalisation into the patch embedding of a merged model; computed in float64."""
-    assert isinstance(model.vit, KeyedVit)
+    assert isinstance(model.network, KeyedVit)
     assert can_fold(model)
-    vit = copy.deepcopy(model.vit)
+    vit = copy.deepcopy(model.network)
     projection = _projection(vit)
     weight = projection.weight.detach().double()
     bias = torch.zeros(weight.shape[0], dtype=torch.float64) if projection.bias is None else projection.bias.double()
     scaled = weight / model.std.double()
     folded_bias = bias - (scaled * model.mean.double()).sum((1, 2, 3))
-    folded = scaled if model.shuffle is None else _unshuffle(scaled, model.shuffle)
+    folded = _unshuffle(scaled, model.transform) if isinstance(model.transform, BlockShuffle) else scaled
     replacement = nn.Conv2d(
         projection.in_channels, projection.out_channels, projection.kernel_size, projection.stride  # type: ignore[arg-type]
     ).to(projection.weight.dtype)  # fmt: skip

@@ -37,14 +37,16 @@ from factory.fleet import Candidate, Findings, Fleet, Verdict
 from factory.fleet_folder import FleetFolder
 from factory.fleet_report import report_document, report_examples
 from factory.folding import bake
+from factory.networks import traits
 from factory.packaging import ONNX_NAME, Identity, export_package, export_plan, fleet_templates, parity_of
 from factory.progress import Progress, log_to
 from factory.quantised import judge_quantised
 from factory.queries import query_attacks
+from factory.recipes.recipe import RecipeSettings, check_recipe
 from factory.registry import Registry
 from factory.release import check_enough_images, publish, release_rule
 from factory.seeds import derive_seed
-from factory.settings import FleetSettings, RecipeSettings
+from factory.settings import FleetSettings
 from factory.verification import (
     Attacked,
     AttackedSource,
@@ -104,6 +106,7 @@ def open_fleet(
         check_block_size(settings.recipe.block_size, architecture.contract.height, architecture.contract.width)
     splits = load_splits(settings.data, architecture.contract, folder.cache, progress)
     base = load_base(settings.base, splits.labels, settings.seed)
+    check_recipe(settings.recipe, traits(base.network), f"base {base.architecture.name}")
     if base.architecture.contract.channels * block_size(base, settings.recipe) ** 2 < FEW_VALUES:
         progress.say(f"Warning: blocks of fewer than {FEW_VALUES} values have so few permutations that keys collide.")
     check_enough_images(release_rule(settings.release), settings.verification.images, len(splits.test))
@@ -225,7 +228,7 @@ def attacked_images(fleet: Fleet) -> Attacked:
 
 def public_base(fleet: Fleet) -> ImageClassifier:
     """The base as anyone can have it: images in [0, 1] to logits, with no key."""
-    return ImageClassifier(fleet.base.vit, fleet.base.architecture.mean, fleet.base.architecture.std)
+    return ImageClassifier(fleet.base.network, fleet.base.architecture.mean, fleet.base.architecture.std)
 
 
 def base_accuracy(fleet: Fleet) -> Proportion:

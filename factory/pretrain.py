@@ -16,8 +16,8 @@ from factory.base import Architecture, Base, build_vit, save_checkpoint
 from factory.classifier import ImageClassifier
 from factory.data import Splits
 from factory.progress import Progress
+from factory.recipes.training import TrainingSettings
 from factory.seeds import derive_seed
-from factory.settings import TrainingSettings
 from factory.train import Epoch, accuracy, train
 from factory.vits import KeyedVit
 from keys.files import write_atomic
@@ -92,7 +92,7 @@ def write_model_card(
     """Write ``<out>.md``: what the base is, how it was made, and its measured accuracy."""
     architecture, proportion = result.base.architecture, result.test_accuracy
     low, high = proportion.interval
-    parameters = sum(p.numel() for p in result.base.vit.parameters())
+    parameters = sum(p.numel() for p in result.base.network.parameters())
     seconds = sum(len(splits.train) / epoch.images_per_second for epoch in result.history)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "timm", "keyfoundry"))
     text = f"""# Model card: {out.stem}

@@ -12,20 +12,16 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator, model_validator
+from pydantic import Field, StrictInt, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from device_tests.perturbation import Norm, Perturbation
 from exporters.formats import DEFAULT_FORMATS, OPSET, OPSETS, named_formats
+from factory.recipes.recipe import RecipeSettings
+from factory.section import Section
 from keys.errors import InputError
 
-SectionT = TypeVar("SectionT", bound=BaseModel)
-
-
-class Section(BaseModel):
-    """A table of settings: no unknown name, no change after it was read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+SectionT = TypeVar("SectionT", bound=Section)
 
 
 class DataSettings(Section):
@@ -52,39 +48,6 @@ class BaseSettings(Section):
     name: str = Field(default="shipped", description="shipped, a timm model name, or the path of a checkpoint")
     image_size: int | None = Field(default=None, ge=4, description="input size, for timm names")
     random_weights: bool = Field(default=False, description="do not load pre-trained weights (for dry runs)")
-
-
-class TrainingSettings(Section):
-    """One training run: AdamW with linear warm-up and cosine decay."""
-
-    epochs: int = Field(default=3, ge=1)
-    batch_size: int = Field(default=64, ge=1)
-    learning_rate: float = Field(default=3e-3, gt=0)
-    weight_decay: float = Field(default=0.01, ge=0)
-    warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps with a rising learning rate")
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    flip: bool = Field(default=True, description="random horizontal flips")
-    shift: int = Field(default=1, ge=0, description="random shifts, in pixels")
-    erase: float = Field(default=0.0, ge=0, lt=1, description="probability of erasing a random rectangle")
-    precision: Literal["auto", "bf16", "fp32"] = Field(
-        default="auto", description="auto is bf16 where the hardware has it"
-    )
-
-
-class RecipeSettings(Section):
-    """How a device model is made from the base and a key."""
-
-    block_size: int | None = Field(
-        default=None, ge=1, description="M of the block shuffle; default: the base's patch size"
-    )
-    adaptation: Literal["lora", "full", "patch-embedding-head"] = "lora"
-    rank: int = Field(default=16, ge=1, description="LoRA rank r; the paper's value")
-    alpha: float = Field(default=16.0, gt=0, description="LoRA scaling numerator: updates are scaled by alpha / rank")
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    reinitialise_patch_embedding: bool = Field(
-        default=False, description="draw the patch embedding anew and train it in full (a control; needs no key)"
-    )
-    training: TrainingSettings = TrainingSettings()
 
 
 BUDGETS: Mapping[str, Mapping[str, Any]] = {

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,13 +18,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.nn import functional
 
 from factory.augment import augment
+from factory.classifier import ImageClassifier
+from factory.curriculum import Curriculum
 from factory.data import Split
+from factory.objective import CrossEntropy, Objective
 from factory.progress import Progress
+from factory.recipes.training import TrainingSettings
 from factory.seeds import derive_seed
-from factory.settings import TrainingSettings
 from keys.errors import InputError
 from keys.files import write_atomic
 
@@ -40,7 +43,7 @@ class Epoch:
 
 
 def train(
-    model: nn.Module,
+    model: ImageClassifier,
     train_split: Split,
     validation: Split,
     settings: TrainingSettings,
@@ -49,13 +52,20 @@ def train(
     name: str,
     checkpoint: Path,
     progress: Progress,
+    objective: Objective | None = None,
+    curriculum: Curriculum | None = None,
 ) -> list[Epoch]:
     """Train the parameters of ``model`` that require gradients, in place; returns one entry per epoch.
+
+    ``objective``: what is minimised, cross-entropy by default; its own parameters are trained as well.
+    ``curriculum`` cuts each batch into steps; by default a batch is one step.
 
     ``checkpoint`` holds trainable weights, optimiser state and history after each epoch and is resumed from.
     Raises InputError if the loss becomes NaN or infinite; the checkpoint of the last good epoch stays.
     """
+    objective = CrossEntropy(settings.label_smoothing) if objective is None else objective
     parameters = {key: value for key, value in model.named_parameters() if value.requires_grad}
+    parameters |= {f"objective.{key}": value for key, value in objective.named_parameters() if value.requires_grad}
     # Biases and norms are not decayed, as usual for transformers.
     optimizer = torch.optim.AdamW(
         [
@@ -67,7 +77,7 @@ def train(
     device = next(iter(parameters.values())).device
     bf16 = uses_bf16(settings.precision, device)
     history = _resume(checkpoint, parameters, optimizer)
-    steps_per_epoch = math.ceil(len(train_split) / settings.batch_size)
+    steps_per_epoch = _steps(len(train_split), settings.batch_size, curriculum)
     total = settings.epochs * len(train_split)
     done = len(history) * len(train_split)
     with progress.stage(name, total=total, unit="images", done=done) as stage:
@@ -77,16 +87,16 @@ def train(
             torch.manual_seed(derive_seed(seed, name, "dropout", epoch))
             order = torch.randperm(len(train_split), generator=generator)
             model.train()
+            objective.begin_epoch(epoch, settings.epochs)
             loss_sum = 0.0
-            for step, indices in enumerate(order.split(settings.batch_size)):
+            for step, indices in enumerate(_batches(order, train_split, settings.batch_size, curriculum)):
                 rate = learning_rate(settings, epoch * steps_per_epoch + step, settings.epochs * steps_per_epoch)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 batch = augment(train_split.images[indices], settings, generator).to(device)
                 labels = train_split.labels[indices].to(device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    logits = model(batch.float() / 255)
-                loss = functional.cross_entropy(logits.float(), labels, label_smoothing=settings.label_smoothing)
+                    loss = objective(model, batch.float() / 255, labels)
                 if not torch.isfinite(loss):
                     raise InputError(
                         f"The loss of {name} became {loss.item()} in epoch {epoch + 1}; lower the learning rate "
@@ -110,6 +120,23 @@ def train(
     if not all(torch.isfinite(value).all() for value in parameters.values()):
         raise InputError(f"The last step of {name} made weights that are not finite; lower the learning rate.")
     return history
+
+
+def _steps(images: int, batch_size: int, curriculum: Curriculum | None) -> int:
+    """Optimiser steps in an epoch."""
+    if curriculum is None:
+        return math.ceil(images / batch_size)
+    whole, rest = divmod(images, batch_size)
+    return whole * curriculum.steps(batch_size) + (curriculum.steps(rest) if rest else 0)
+
+
+def _batches(order: Tensor, split: Split, batch_size: int, curriculum: Curriculum | None) -> Iterator[Tensor]:
+    """Indices of the images of each step."""
+    for indices in order.split(batch_size):
+        if curriculum is None:
+            yield indices
+        else:
+            yield from (indices[part] for part in curriculum.sub_batches(split.images[indices]))
 
 
 def learning_rate(settings: TrainingSettings, step: int, steps: int) -> float:

@@ -25,11 +25,12 @@ from factory.adaptation import adapt, trainable_parameters
 from factory.base import Base, build_vit, timm_architecture
 from factory.classifier import ImageClassifier
 from factory.data import load_splits
-from factory.device_model import keyed_shuffle
+from factory.device_model import keyed_transform
 from factory.folding import bake
 from factory.packaging import Identity, export_package, parity_of
 from factory.progress import Progress
-from factory.settings import DataSettings, RecipeSettings
+from factory.recipes.recipe import RecipeSettings
+from factory.settings import DataSettings
 from keys.derive import fixed_guess
 
 
@@ -53,13 +54,13 @@ def main() -> None:
     architecture = timm_architecture(options.base, labels, None)
     base = Base(architecture, build_vit(architecture, seed=options.seed))
     recipe = RecipeSettings(block_size=options.block_size)
-    model = adapt(base.vit, recipe)
-    count, total = trainable_parameters(model), sum(p.numel() for p in base.vit.parameters())
+    model = adapt(base.network, recipe)
+    count, total = trainable_parameters(model), sum(p.numel() for p in base.network.parameters())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.02, generator=torch.Generator().manual_seed(options.seed))
-    shuffle = keyed_shuffle(base, recipe, fixed_guess("untrained"))
+    shuffle = keyed_transform(base, recipe, fixed_guess("untrained"))
     keyed = ImageClassifier(model, architecture.mean, architecture.std, shuffle).eval()
     baked = timed("merge and fold", lambda: bake(keyed))
     splits = load_splits(DataSettings(), architecture.contract.__class__(1, 28, 28, "none"), Path(), progress)

@@ -207,7 +207,7 @@ def tiny_base_path(tiny_splits: Splits, silent: Progress, tmp_path_factory: pyte
     """A base pre-trained for two epochs, as a checkpoint."""
     from factory.base import timm_architecture
     from factory.pretrain import pretrain
-    from factory.settings import TrainingSettings
+    from factory.recipes.training import TrainingSettings
 
     path = tmp_path_factory.mktemp("base") / "tiny.safetensors"
     architecture = timm_architecture("vit_tiny_patch16_224", tiny_splits.labels, None, TINY_MODEL)

@@ -17,7 +17,8 @@ from factory.base import Base, build_vit, timm_architecture
 from factory.classifier import ImageClassifier
 from factory.data import Split, Splits
 from factory.progress import Progress
-from factory.settings import RecipeSettings, TrainingSettings
+from factory.recipes.recipe import RecipeSettings
+from factory.recipes.training import TrainingSettings
 from factory.train import train
 from keys.errors import InputError
 
@@ -55,7 +56,7 @@ def test_the_other_modes_counts_on_vit_base(vit_base: VisionTransformer) -> None
 
 
 def test_rank_alpha_and_dropout_are_settings(tiny_base: Base) -> None:
-    model = adapt(tiny_base.vit, recipe_of("lora", rank=3, alpha=12, dropout=0.25))
+    model = adapt(tiny_base.network, recipe_of("lora", rank=3, alpha=12, dropout=0.25))
     assert isinstance(model, PeftModel)
     config = model.peft_config["default"].to_dict()
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (3, 12, 0.25)
@@ -78,7 +79,7 @@ def trained(
 ) -> tuple[RecipeSettings, torch.nn.Module]:
     """One epoch of each mode, in evaluation mode."""
     recipe = recipe_of(request.param)
-    model = adapt(tiny_base.vit, recipe)
+    model = adapt(tiny_base.network, recipe)
     architecture = tiny_base.architecture
     train(
         ImageClassifier(model, architecture.mean, architecture.std), small, small, TrainingSettings(epochs=1), seed=0,
@@ -91,12 +92,12 @@ def test_training_moves_exactly_what_the_recipe_trains(
     trained: tuple[RecipeSettings, torch.nn.Module], tiny_base: Base
 ) -> None:
     recipe, model = trained
-    fresh = dict(adapt(tiny_base.vit, recipe).named_parameters())
+    fresh = dict(adapt(tiny_base.network, recipe).named_parameters())
     for name, parameter in model.named_parameters():
         # lora_A is drawn at random; what it was is not known here.
         if "lora_A" not in name:
             assert torch.equal(parameter, fresh[name]) != parameter.requires_grad, name
-    merged, base = merge(model).state_dict(), tiny_base.vit.state_dict()
+    merged, base = merge(model).state_dict(), tiny_base.network.state_dict()
     moved = {name for name, tensor in merged.items() if not torch.equal(tensor, base[name])}
     expected = {
         "lora": {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.1.attn.qkv.weight"}
@@ -112,7 +113,7 @@ def test_a_saved_adapter_comes_back_bit_for_bit(
 ) -> None:
     recipe, model = trained
     save_adapter(model, tmp_path / "adapter")
-    loaded = load_adapter(tiny_base.vit, recipe, tmp_path / "adapter")
+    loaded = load_adapter(tiny_base.network, recipe, tmp_path / "adapter")
     before, after = model.state_dict(), loaded.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -136,7 +137,7 @@ def test_an_adapters_folder_is_private_and_holds_no_pickle(
 
 
 def test_peft_itself_opens_the_adapter(tiny_base: Base, tmp_path: Path) -> None:
-    save_adapter(adapt(tiny_base.vit, recipe_of("lora")), tmp_path / "adapter")
+    save_adapter(adapt(tiny_base.network, recipe_of("lora")), tmp_path / "adapter")
     fresh = build_vit(tiny_base.architecture)
     model = PeftModel.from_pretrained(fresh, str(tmp_path / "adapter"))  # type: ignore[arg-type]
     assert isinstance(model.merge_and_unload(), VisionTransformer)
@@ -147,7 +148,7 @@ def test_peft_itself_opens_the_adapter(tiny_base: Base, tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_a_damaged_adapter_and_one_of_another_base_are_refused(tiny_base: Base, tmp_path: Path, mode: str) -> None:
     recipe = recipe_of(mode)
-    save_adapter(adapt(tiny_base.vit, recipe), tmp_path / "adapter")
+    save_adapter(adapt(tiny_base.network, recipe), tmp_path / "adapter")
     arguments = {**tiny_base.architecture.arguments, "embed_dim": 32}
     other = build_vit(timm_architecture("vit_tiny_patch16_224", tuple("0123456789"), 28, arguments))
     with pytest.raises(InputError, match="is damaged or belongs to another base"):
@@ -155,22 +156,22 @@ def test_a_damaged_adapter_and_one_of_another_base_are_refused(tiny_base: Base, 
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(InputError, match="is damaged or belongs to another base"):
-        load_adapter(tiny_base.vit, recipe, tmp_path / "adapter")
+        load_adapter(tiny_base.network, recipe, tmp_path / "adapter")
     weights.unlink()
     with pytest.raises(InputError, match="is damaged or belongs to another base"):
-        load_adapter(tiny_base.vit, recipe, tmp_path / "adapter")
+        load_adapter(tiny_base.network, recipe, tmp_path / "adapter")
 
 
 def test_an_adapter_of_another_mode_is_refused(tiny_base: Base, tmp_path: Path) -> None:
-    save_adapter(adapt(tiny_base.vit, recipe_of("patch-embedding-head")), tmp_path / "adapter")
+    save_adapter(adapt(tiny_base.network, recipe_of("patch-embedding-head")), tmp_path / "adapter")
     with pytest.raises(InputError, match="has other parameters than the recipe trains"):
-        load_adapter(tiny_base.vit, recipe_of("full"), tmp_path / "adapter")
+        load_adapter(tiny_base.network, recipe_of("full"), tmp_path / "adapter")
 
 
 def test_merging_leaves_the_adapted_model_as_it_is(tiny_base: Base) -> None:
-    model = adapt(tiny_base.vit, recipe_of("lora"))
+    model = adapt(tiny_base.network, recipe_of("lora"))
     names = set(model.state_dict())
     merged = merge(model)
     assert set(model.state_dict()) == names
-    assert set(merged.state_dict()) == set(tiny_base.vit.state_dict())
+    assert set(merged.state_dict()) == set(tiny_base.network.state_dict())
     assert not any(parameter.requires_grad for parameter in merged.parameters())

@@ -36,7 +36,7 @@ from factory.classifier import ImageClassifier
 from factory.folding import bake
 from factory.packaging import Identity, export_package
 from factory.progress import Progress
-from factory.settings import RecipeSettings
+from factory.recipes.recipe import RecipeSettings
 from keys.errors import CheckFailed, InputError, PackageError
 from keys.files import sha256_file
 from keys.signing import SigningKey, write_public_key
@@ -81,7 +81,7 @@ def tiny(classes: int, depth: int = 1) -> Base:
 def trained_alike(base: Base, recipe: RecipeSettings, seed: int = 0) -> ImageClassifier:
     """A keyed model whose trained parameters are random instead of trained."""
     torch.manual_seed(seed)
-    vit = adapt(base.vit, recipe)
+    vit = adapt(base.network, recipe)
     for parameter in vit.parameters():
         if parameter.requires_grad:
             parameter.data.normal_(0, 0.1)
@@ -186,7 +186,7 @@ def test_base_and_adapter_answer_as_the_full_package(packages: Packages) -> None
 def test_the_base_package_runs_by_itself_as_the_public_base(packages: Packages, signing_key: SigningKey) -> None:
     floats = packages.images.astype(np.float32) / 255
     architecture = packages.base.architecture
-    public = ImageClassifier(packages.base.vit, architecture.mean, architecture.std).eval()
+    public = ImageClassifier(packages.base.network, architecture.mean, architecture.std).eval()
     expected = TorchRuntime(public).logits(floats)
     measured = OnnxRuntime(packages.shared / "model.onnx").logits(floats)
     assert np.abs(measured - expected).max() <= 1e-5 * np.abs(expected).max()
@@ -220,8 +220,8 @@ def test_the_assembled_core_ml_packages_are_those_of_the_full_package(
 def test_the_adapter_package_holds_no_weights_of_the_base(packages: Packages) -> None:
     tensors = tensors_of(packages)
     low_rank = [name for name in tensors if ".lora_" in name]
-    assert len(low_rank) == 2 * len(packages.base.vit.blocks)
-    rest = {name.removeprefix("vit.") for name in tensors.keys() - set(low_rank)} - {"shuffle.permutation"}
+    assert len(low_rank) == 2 * len(packages.base.network.blocks)
+    rest = {name.removeprefix("network.") for name in tensors.keys() - set(low_rank)} - {"transform.permutation"}
     assert rest == {"patch_embed.proj.weight", "patch_embed.proj.bias", "head.weight", "head.bias"}
     manifest, _ = inspect_package(packages.adapter)
     full, _ = inspect_package(packages.full)
@@ -383,24 +383,30 @@ def test_a_damaged_adapter_is_refused(
 
 def wider(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The same updates in the next rank."""
-    a, b = "vit.blocks.0.attn.qkv.lora_A", "vit.blocks.0.attn.qkv.lora_B"
+    a, b = "network.blocks.0.attn.qkv.lora_A", "network.blocks.0.attn.qkv.lora_B"
     return {**tensors, a: np.pad(tensors[a], ((0, 1), (0, 0))), b: np.pad(tensors[b], ((0, 0), (0, 1)))}
 
 
 def with_nan(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    head = tensors["vit.head.bias"].copy()
+    head = tensors["network.head.bias"].copy()
     head[1] = np.nan
-    return {**tensors, "vit.head.bias": head}
+    return {**tensors, "network.head.bias": head}
 
 
 FAULTS: dict[str, tuple[Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]], str]] = {
     "rank": (wider, r"\[5, 32\], but the base takes tensor\(float\) of \[4, 32\] \(another rank or recipe\)"),
-    "fewer": (lambda t: {n: v for n, v in t.items() if n != "vit.head.bias"}, "The base has 'vit.head.bias' and the"),
-    "more": (lambda t: {**t, "vit.norm.weight": np.ones(32, np.float32)}, "The adapter has 'vit.norm.weight' and the"),
-    "nan": (with_nan, "holds NaN or infinite values in 'vit.head.bias'"),
-    "type": (lambda t: {**t, "vit.head.bias": np.arange(3)}, "is int64 of"),
-    "half": (lambda t: {**t, "vit.head.bias": np.zeros(3, np.float16)}, "holds 'vit.head.bias' as float16"),
-    "order": (lambda t: {**t, "shuffle.permutation": np.zeros(196, np.int64)}, "is no permutation"),
+    "fewer": (
+        lambda t: {n: v for n, v in t.items() if n != "network.head.bias"},
+        "The base has 'network.head.bias' and the",
+    ),
+    "more": (
+        lambda t: {**t, "network.norm.weight": np.ones(32, np.float32)},
+        "The adapter has 'network.norm.weight' and the",
+    ),
+    "nan": (with_nan, "holds NaN or infinite values in 'network.head.bias'"),
+    "type": (lambda t: {**t, "network.head.bias": np.arange(3)}, "is int64 of"),
+    "half": (lambda t: {**t, "network.head.bias": np.zeros(3, np.float16)}, "holds 'network.head.bias' as float16"),
+    "order": (lambda t: {**t, "transform.permutation": np.zeros(196, np.int64)}, "is no permutation"),
 }
 
 
@@ -412,7 +418,7 @@ def test_an_adapter_that_does_not_fit_is_refused_even_if_it_is_signed(
     packages = copied(gathered, tmp_path / "copy")
     tensors = change(tensors_of(packages))
     if fault == "nan":
-        with pytest.raises(InputError, match=r"vit\.head\.bias holds NaN or infinite values"):
+        with pytest.raises(InputError, match=r"network\.head\.bias holds NaN or infinite values"):
             write_adapter(packages.adapter / ADAPTER_NAME, tensors)
         write_nan(packages.adapter / ADAPTER_NAME, tensors_of(packages))
     else:
@@ -423,7 +429,7 @@ def test_an_adapter_that_does_not_fit_is_refused_even_if_it_is_signed(
 
 def write_nan(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """An adapter file whose head bias begins with a NaN; the writer refuses to make one."""
-    values = tensors["vit.head.bias"].tobytes()
+    values = tensors["network.head.bias"].tobytes()
     data = path.read_bytes()
     assert data.count(values) == 1
     path.write_bytes(data.replace(values, np.float32(np.nan).tobytes() + values[4:]))
@@ -449,7 +455,7 @@ def test_a_delta_that_does_not_give_the_factorys_bytes_is_refused_and_nothing_is
     fewer = dataclasses.replace(last, slots=last.slots[:-1])
     with pytest.raises(PackageError, match=r"assembled for model-fp32\.mlpackage are not the factory's"):
         assembled(deltas_to_bytes([*deltas[:-1], fewer]))
-    slot = dataclasses.replace(last.slots[0], tensor="vit.norm.weight")
+    slot = dataclasses.replace(last.slots[0], tensor="network.norm.weight")
     with pytest.raises(PackageError, match="which the adapter or the base has not"):
         assembled(deltas_to_bytes([dataclasses.replace(last, slots=(slot,))]))
     elsewhere = dataclasses.replace(last, path="../model.mlpackage")
@@ -470,7 +476,7 @@ def test_recipes_and_models_without_lora_are_refused(reinitialised: Packages, tm
     full = RecipeSettings(adaptation="full")
     with pytest.raises(InputError, match="need a recipe with adaptation lora, not full"):
         export_base_package(packages.base, full, FLEET, packages.images, tmp_path / "base", quiet, created=CREATED)
-    plain = ImageClassifier(packages.base.vit, [0.5], [0.5]).eval()
+    plain = ImageClassifier(packages.base.network, [0.5], [0.5]).eval()
     with pytest.raises(InputError, match="need a model that LoRA adapted"):
         export_adapter_package(
             plain, packages.base, packages.recipe, packages.shared, packages.full, tmp_path / "x", quiet

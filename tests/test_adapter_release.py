@@ -47,7 +47,7 @@ def released(tmp_path: Path, tiny_splits: Splits, monkeypatch: pytest.MonkeyPatc
     base = Base(architecture, build_vit(architecture))
     torch.manual_seed(0)
     shuffle = BlockShuffle(np.random.default_rng(0).permutation(49), channels=1, block_size=7)
-    model = ImageClassifier(adapt(base.vit, settings.recipe), architecture.mean, architecture.std, shuffle).eval()
+    model = ImageClassifier(adapt(base.network, settings.recipe), architecture.mean, architecture.std, shuffle).eval()
     with folder.locked():
         vault = folder.open_vault()
     fleet = Fleet(folder, settings, vault, base, tiny_splits, quiet)

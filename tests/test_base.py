@@ -43,7 +43,7 @@ def test_a_checkpoint_comes_back_bit_for_bit(tiny_base: Base, tmp_path: Path) ->
     assert base.architecture == tiny_base.architecture
     assert base.digest == tiny_base.digest
     assert base.patch_size == 7
-    assert not base.vit.training
+    assert not base.network.training
     assert read_architecture(settings(path)) == base.architecture
     with safe_open(str(path), "pt") as file:
         assert json.loads(file.metadata()["keyfoundry"])["notes"] == {"seed": 5}
@@ -61,8 +61,8 @@ def test_one_changed_weight_changes_the_digest(tiny_base_path: Path) -> None:
     base = read_checkpoint(tiny_base_path)
     before = base.digest
     with torch.no_grad():
-        base.vit.head.bias[0] += 1e-6
-    assert Base(base.architecture, base.vit).digest != before
+        base.network.head.bias[0] += 1e-6
+    assert Base(base.architecture, base.network).digest != before
 
 
 def test_random_weights_come_from_the_seed() -> None:
@@ -75,7 +75,7 @@ def test_random_weights_come_from_the_seed() -> None:
 
 def test_a_timm_name_gets_a_head_for_the_data_and_its_own_statistics() -> None:
     base = load_base(settings("vit_tiny_patch16_224", random_weights=True, image_size=32), LABELS, 0)
-    assert base.vit.num_classes == 3
+    assert base.network.num_classes == 3
     assert base.architecture.contract.shape == (3, 32, 32)
     assert base.architecture.mean == base.architecture.std == (0.5, 0.5, 0.5)
     assert "bicubic" in base.architecture.contract.resize
@@ -153,7 +153,7 @@ def edited(base: Path, path: Path, **changes: object) -> Path:
 def test_weights_that_are_not_finite_are_refused(tiny_base_path: Path, tmp_path: Path) -> None:
     base = read_checkpoint(tiny_base_path)
     with torch.no_grad():
-        base.vit.head.weight[0, 0] = float("nan")
+        base.network.head.weight[0, 0] = float("nan")
     save_checkpoint(base, tmp_path / "nan.safetensors")
     with pytest.raises(InputError, match="holds weights that are not finite"):
         read_checkpoint(tmp_path / "nan.safetensors")
@@ -192,7 +192,7 @@ def test_another_number_of_classes_than_the_data_is_refused(tiny_base_path: Path
 
 def test_the_same_number_of_classes_with_other_names_is_refused(tiny_base: Base, tmp_path: Path) -> None:
     """Packages would carry wrong labels; a data set that does not name its classes takes the base's."""
-    named = Base(replace(tiny_base.architecture, labels=FASHION_MNIST_LABELS), tiny_base.vit)
+    named = Base(replace(tiny_base.architecture, labels=FASHION_MNIST_LABELS), tiny_base.network)
     save_checkpoint(named, tmp_path / "named.safetensors")
     other = (*FASHION_MNIST_LABELS[:-1], "Hat")
     with pytest.raises(InputError, match="name their classes differently: 'Ankle boot' and 'Hat'"):

@@ -11,9 +11,9 @@ import torch
 
 from factory.base import Base
 from factory.data import Splits
-from factory.device_model import DeviceModel, block_size, keyed_shuffle, make_device_model
+from factory.device_model import DeviceModel, block_size, keyed_transform, make_device_model
 from factory.progress import Progress
-from factory.settings import RecipeSettings
+from factory.recipes.recipe import RecipeSettings
 from keys.derive import DeviceKey, fixed_guess
 from keys.errors import InputError
 from keys.permutation import permutation
@@ -81,17 +81,17 @@ def test_an_adapter_changed_after_training_is_refused(tiny_base: Base, few: Spli
 
 def test_the_shuffle_is_what_the_key_stands_for(tiny_base: Base, few: Splits, tmp_path: Path) -> None:
     key = fixed_guess("a")
-    shuffle = keyed_shuffle(tiny_base, RECIPE, key)
+    shuffle = keyed_transform(tiny_base, RECIPE, key)
     assert shuffle.permutation.tolist() == permutation(key, 49).tolist()
     coarse = RECIPE.model_copy(update={"block_size": 14})
-    assert keyed_shuffle(tiny_base, coarse, key).permutation.tolist() == permutation(key, 196).tolist()
+    assert keyed_transform(tiny_base, coarse, key).permutation.tolist() == permutation(key, 196).tolist()
     model, _ = make(tiny_base, few, tmp_path, key=key)
-    assert model.classifier.shuffle is not None
-    assert torch.equal(model.classifier.shuffle.permutation, shuffle.permutation)
+    assert model.classifier.transform is not None
+    assert torch.equal(model.classifier.transform.permutation, shuffle.permutation)
 
 
 def test_the_control_has_no_shuffle(tiny_base: Base, few: Splits, tmp_path: Path) -> None:
-    assert make(tiny_base, few, tmp_path)[0].classifier.shuffle is None
+    assert make(tiny_base, few, tmp_path)[0].classifier.transform is None
 
 
 def test_the_block_size_is_the_patch_size_unless_stated(tiny_base: Base) -> None:

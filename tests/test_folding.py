@@ -15,7 +15,7 @@ from factory.base import Architecture, Base, build_vit, contract_for, timm_archi
 from factory.block_shuffle import BlockShuffle
 from factory.classifier import ImageClassifier
 from factory.folding import bake, can_fold, fold
-from factory.settings import RecipeSettings
+from factory.recipes.recipe import RecipeSettings
 from keys.permutation import permutation
 
 ROUNDING_64 = 1e-10
@@ -46,7 +46,7 @@ def rgb_base(patch: int) -> Base:
 
 def keyed(base: Base, m: int | None, recipe: RecipeSettings | None = None) -> ImageClassifier:
     """An adapted classifier whose adapter is not zero, as after training; no shuffle for None."""
-    model = adapt(base.vit, recipe or RecipeSettings(rank=4, alpha=8))
+    model = adapt(base.network, recipe or RecipeSettings(rank=4, alpha=8))
     generator = torch.Generator().manual_seed(m or 0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -88,7 +88,9 @@ def check_merged(model: ImageClassifier, images: Tensor) -> None:
     for precision, limit in ((torch.float64, ROUNDING_64), (torch.float32, ROUNDING_32)):
         one = in_double(model) if precision == torch.float64 else model
         assert isinstance(one, ImageClassifier)
-        merged = ImageClassifier(merge(one.vit), one.mean.flatten().tolist(), one.std.flatten().tolist(), one.shuffle)
+        merged = ImageClassifier(
+            merge(one.network), one.mean.flatten().tolist(), one.std.flatten().tolist(), one.transform
+        )
         with torch.no_grad():
             before, after = one(images.to(precision)), merged(images.to(precision))
         assert before.dtype == after.dtype == precision
@@ -109,8 +111,8 @@ def test_other_blocks_stay_a_gather_with_equal_results(tiny_base: Base, grey: Te
     check_merged(model, grey)
     plain = check_equal(model, grey)
     assert isinstance(plain, ImageClassifier)
-    assert isinstance(plain.vit, VisionTransformer)
-    assert plain.shuffle is not None
+    assert isinstance(plain.network, VisionTransformer)
+    assert plain.transform is not None
 
 
 @pytest.mark.parametrize(
@@ -134,7 +136,7 @@ def test_without_a_key_the_normalisation_alone_is_folded(rgb: Tensor) -> None:
 
 def test_a_patch_embedding_without_bias_gets_one(rgb: Tensor) -> None:
     base = rgb_base(14)
-    proj = base.vit.patch_embed.proj
+    proj = base.network.patch_embed.proj
     assert isinstance(proj, nn.Conv2d)
     proj.register_parameter("bias", None)
     check_equal(keyed(base, 7), rgb)
@@ -142,7 +144,9 @@ def test_a_patch_embedding_without_bias_gets_one(rgb: Tensor) -> None:
 
 def test_a_shuffle_that_reaches_over_patches_cannot_be_folded(tiny_base: Base) -> None:
     model = keyed(tiny_base, 14)
-    merged = ImageClassifier(merge(model.vit), tiny_base.architecture.mean, tiny_base.architecture.std, model.shuffle)
+    merged = ImageClassifier(
+        merge(model.network), tiny_base.architecture.mean, tiny_base.architecture.std, model.transform
+    )
     assert not can_fold(merged)
     with pytest.raises(AssertionError):
         fold(merged)
@@ -152,7 +156,7 @@ def test_the_key_matters_on_real_images(tiny_base: Base, grey: Tensor) -> None:
     """Folding with another key gives another function, so the equalities above say something."""
     model = keyed(tiny_base, 7)
     other = BlockShuffle(permutation(bytes(32), 49), channels=1, block_size=7)
-    changed = ImageClassifier(model.vit, tiny_base.architecture.mean, tiny_base.architecture.std, other)
+    changed = ImageClassifier(model.network, tiny_base.architecture.mean, tiny_base.architecture.std, other)
     with torch.no_grad():
         assert float((bake(changed)(grey) - model(grey)).abs().max()) > 0.05
 

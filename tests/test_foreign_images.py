@@ -469,7 +469,7 @@ def attacked(fleet: Fleet, tiny_base: Base, tmp_path_factory: pytest.TempPathFac
     write_clean_images(fleet, folder / "clean.npz")
     with np.load(folder / "clean.npz") as stored:
         arrays = dict(stored)
-    base = ImageClassifier(tiny_base.vit, tiny_base.architecture.mean, tiny_base.architecture.std)
+    base = ImageClassifier(tiny_base.network, tiny_base.architecture.mean, tiny_base.architecture.std)
     source = Source("base", Threat.PUBLIC_BASE, base, "the public base")
     ball = fleet.settings.verification.perturbation
     made = craft(source, [PGD(steps=4)], arrays["clean"], arrays["labels"], perturbation=ball, seed=1)

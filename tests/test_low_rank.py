@@ -17,7 +17,7 @@ from exporters.low_rank import merged
 from factory.adaptation import adapt, merge
 from factory.base import build_vit, timm_architecture
 from factory.low_rank_layers import low_rank_layers
-from factory.settings import RecipeSettings
+from factory.recipes.recipe import RecipeSettings
 
 TINY = {"img_size": 28, "patch_size": 7, "in_chans": 1, "embed_dim": 32, "depth": 1, "num_heads": 2}
 KNOWN = "b09e802d862008a5218617662a0d0570c84b183b391cb3c26a5b4e0e1f6eba2e"

@@ -22,7 +22,7 @@ from factory.base import build_vit, timm_architecture
 from factory.block_shuffle import BlockShuffle
 from factory.classifier import ImageClassifier
 from factory.folding import bake, fold
-from factory.settings import RecipeSettings
+from factory.recipes.recipe import RecipeSettings
 from factory.vits import KeyedVit, attention_projections, heads
 from keys.errors import InputError
 

@@ -37,7 +37,7 @@ IDENTITY = Identity("camera-1", 3, "00112233445566ff", "a" * 64, {"rank": 4}, CR
 
 @pytest.fixture(scope="module")
 def baked(tiny_base: Base) -> nn.Module:
-    return bake(ImageClassifier(tiny_base.vit, tiny_base.architecture.mean, tiny_base.architecture.std))
+    return bake(ImageClassifier(tiny_base.network, tiny_base.architecture.mean, tiny_base.architecture.std))
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_parity_is_measured_for_every_format_and_once(
 
 def test_an_overflow_in_float16_is_named(tiny_base: Base, tiny_splits: Splits, tmp_path: Path) -> None:
     """Weights that float16 holds, and activations that it does not: float32 answers, float16 is not measured."""
-    module = bake(ImageClassifier(tiny_base.vit, tiny_base.architecture.mean, tiny_base.architecture.std))
+    module = bake(ImageClassifier(tiny_base.network, tiny_base.architecture.mean, tiny_base.architecture.std))
     with torch.no_grad():
         module.get_parameter("blocks.0.mlp.fc1.weight").fill_(3e4)
         module.get_parameter("blocks.0.mlp.fc1.bias").fill_(6e4)

@@ -398,7 +398,7 @@ def test_a_probe_has_the_shapes_and_none_of_the_values() -> None:
     for name, value in probe.state_dict().items():
         assert (value.shape, value.dtype) == (before[name].shape, before[name].dtype)
         assert not torch.equal(value, before[name])
-    permutation = probe.state_dict()["shuffle.permutation"]
+    permutation = probe.state_dict()["transform.permutation"]
     assert torch.equal(permutation.sort().values, torch.arange(3 * 16 * 16))
     again = probe_of(gathered(2)).state_dict()
     assert all(torch.equal(again[name], value) for name, value in probe.state_dict().items())

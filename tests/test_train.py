@@ -21,8 +21,8 @@ from factory.base import timm_architecture
 from factory.data import Split, Splits
 from factory.pretrain import pretrain, write_model_card
 from factory.progress import Progress
+from factory.recipes.training import TrainingSettings
 from factory.seeds import derive_seed
-from factory.settings import TrainingSettings
 from factory.train import Epoch, accuracy, learning_rate, train
 from keys.errors import InputError
 
@@ -37,7 +37,7 @@ import torch
 from safetensors.torch import load_file
 from factory.data import Split
 from factory.progress import Progress
-from factory.settings import TrainingSettings
+from factory.recipes.training import TrainingSettings
 from factory.train import train
 
 class Killer(Progress):

@@ -50,7 +50,8 @@ def pretrain_command(
     from factory.data import load_splits
     from factory.pretrain import pretrain, write_model_card
     from factory.progress import Progress, log_to
-    from factory.settings import DataSettings, TrainingSettings, parse
+    from factory.recipes.training import TrainingSettings
+    from factory.settings import DataSettings, parse
 
     if out.suffix != ".safetensors":
         raise InputError(f"--out {out} must end in .safetensors.")

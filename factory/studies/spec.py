@@ -16,7 +16,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from device_tests.perturbation import Perturbation
-from factory.settings import BaseSettings, DataSettings, RecipeSettings, Section, TrainingSettings, read_fleet_file
+from factory.recipes.recipe import RecipeSettings
+from factory.recipes.training import TrainingSettings
+from factory.section import Section
+from factory.settings import BaseSettings, DataSettings, read_fleet_file
 from keys.errors import InputError
 
 _SHIPPED = Path(__file__).parent.parent / "assets" / "studies"

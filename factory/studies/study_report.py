@@ -73,7 +73,7 @@ def study_document(
     clean = accuracy(TorchRuntime(bench.base_model), test.images.numpy(), test.labels.numpy())
     base = BaseReport(
         name=spec.base.name, digest=bench.base.digest,
-        parameters=sum(p.numel() for p in bench.base.vit.parameters()), clean=clean,
+        parameters=sum(p.numel() for p in bench.base.network.parameters()), clean=clean,
     )  # fmt: skip
     data = DataReport(
         name=splits.name, digest=splits.digest, train=len(splits.train), validation=len(splits.validation),

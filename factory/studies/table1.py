@@ -333,7 +333,7 @@ def _through(member: Member, other: ImageClassifier | None, images: np.ndarray) 
     """Predictions of a model behind another's shuffle, or behind none."""
     own = member.model.classifier
     swapped = ImageClassifier(
-        own.vit, own.mean.flatten().tolist(), own.std.flatten().tolist(), None if other is None else other.shuffle
+        own.network, own.mean.flatten().tolist(), own.std.flatten().tolist(), None if other is None else other.transform
     )
     return predict(TorchRuntime(swapped), images)
 

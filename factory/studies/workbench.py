@@ -30,7 +30,9 @@ from factory.attackers import BASE, colluding_groups
 from factory.base import load_base, read_architecture
 from factory.classifier import ImageClassifier
 from factory.data import load_splits
+from factory.networks import traits
 from factory.progress import Progress, log_to
+from factory.recipes.recipe import check_recipe
 from factory.studies.spec import ArmSettings, Spec
 from factory.studies.zoo import Member, Zoo
 from factory.verification import Attacked, AttackedSource, attack_source, self_checks, weak_sources
@@ -51,11 +53,13 @@ class Workbench:
         architecture = read_architecture(spec.base)
         self.splits = load_splits(spec.data, architecture.contract, folder / "data", progress)
         self.base = load_base(spec.base, self.splits.labels, spec.seed)
+        for arm in spec.arms:
+            check_recipe(spec.arm(arm).recipe, traits(self.base.network), f"base {architecture.name}")
         # One folder per base, data and seed: models and attacks of others have the same names.
         identity = "\0".join([self.base.digest, self.splits.digest, str(spec.seed)])
         self.shared = folder / "shared" / hashlib.sha256(identity.encode()).hexdigest()[:12]
         self.zoo = Zoo(self.shared / "models", self.base, self.splits, seed=spec.seed, progress=progress)
-        self.base_model = ImageClassifier(self.base.vit, architecture.mean, architecture.std)
+        self.base_model = ImageClassifier(self.base.network, architecture.mean, architecture.std)
         self._attacked: dict[object, AttackedSource] = {}
 
     def members(self, arm: ArmSettings) -> list[Member]:

@@ -1,0 +1,81 @@
+"""What a part of a recipe is: settings, what it needs of a network, and how its machinery is made.
+
+A part's file holds its settings and imports its machinery only when it is made, so that reading a fleet file, or
+``--help``, needs no torch. To add a part, write its file and name it in :mod:`factory.recipes.recipe`.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, ClassVar
+
+from factory.section import Section
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from factory.curriculum import Curriculum
+    from factory.objective import Objective
+    from keys.derive import DeviceKey
+
+
+class Trait(StrEnum):
+    """What a network has that a part may need; :func:`factory.networks.traits` tells them of a network."""
+
+    PATCH_EMBEDDING = "a patch embedding by one convolution of the image"
+    ATTENTION = "linear layers for queries, keys and values in every block"
+    IMAGES = "images as its input"
+    VOLUMES = "volumes of patches as its input"
+    PATCH_LOGITS = "logits of its own for every patch"
+
+
+class Part(Section):
+    """One part of a recipe. ``needs``: what the network must have; a field ``kind`` names the part in fleet files."""
+
+    needs: ClassVar[frozenset[Trait]] = frozenset()
+
+    @property
+    def name(self) -> str:
+        """What fleet files call it."""
+        return str(type(self).model_fields["kind"].default)
+
+
+class TransformPart(Part):
+    """What is done to the image in [0, 1] before the network sees it; the part that a key may decide.
+
+    ``title`` names it in reports.
+    """
+
+    title: ClassVar[str]
+
+    def build(self, key: DeviceKey | None, shape: tuple[int, int, int], block_size: int) -> nn.Module | None:
+        """The transform of images N×C×H×W for ``shape`` (C, H, W) and blocks of ``block_size`` pixels.
+
+        None where nothing is to be done: a keyed transform without a key, as in the un-keyed control. Raises
+        InputError if the shape does not suit.
+        """
+        raise NotImplementedError
+
+
+class ObjectivePart(Part):
+    """What training minimises."""
+
+    def build(self, network: nn.Module, classes: int, label_smoothing: float) -> Objective:
+        """The loss, with parameters of its own (in training only) if it needs some."""
+        raise NotImplementedError
+
+
+class AugmentationPart(Part):
+    """Training on further images that are made from each batch."""
+
+    def build(self, objective: Objective) -> Objective:
+        """``objective`` on the batch and on what is made from it."""
+        raise NotImplementedError
+
+
+class CurriculumPart(Part):
+    """The order in which training images are seen."""
+
+    def build(self) -> Curriculum:
+        """What orders each batch."""
+        raise NotImplementedError

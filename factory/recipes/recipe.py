@@ -1,0 +1,84 @@
+"""A recipe: how a device model is made from the base and a key. Data only; each part's file says what it does.
+
+>>> RecipeSettings().model_dump()["rank"]
+16
+>>> check_recipe(RecipeSettings(), frozenset({Trait.IMAGES}), "resnet18")
+Traceback (most recent call last):
+...
+keys.errors.InputError: The recipe's adaptation 'lora' needs a patch embedding by one convolution of the image, which \
+resnet18 does not have; docs/recipes.md says which parts go together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+
+from factory.recipes.block_shuffle import BlockShufflePart
+from factory.recipes.cross_entropy import CrossEntropyPart
+from factory.recipes.part import AugmentationPart, CurriculumPart, Part, Trait
+from factory.recipes.training import TrainingSettings
+from factory.section import Section
+from keys.errors import InputError
+
+Transform = Annotated[BlockShufflePart, Field(discriminator="kind")]
+Objective = Annotated[CrossEntropyPart, Field(discriminator="kind")]
+
+ADAPTATION_NEEDS: Mapping[str, tuple[Trait, ...]] = {
+    "lora": (Trait.PATCH_EMBEDDING, Trait.ATTENTION),
+    "full": (),
+    "patch-embedding-head": (Trait.PATCH_EMBEDDING,),
+}
+"""What each way to adapt needs of the network."""
+
+_PARTS = ("transform", "objective", "adversarial", "curriculum")
+
+
+class RecipeSettings(Section):
+    """How a device model is made from the base and a key."""
+
+    block_size: int | None = Field(
+        default=None, ge=1, description="M of the block shuffle; default: the base's patch size"
+    )
+    adaptation: Literal["lora", "full", "patch-embedding-head"] = "lora"
+    rank: int = Field(default=16, ge=1, description="LoRA rank r; the paper's value")
+    alpha: float = Field(default=16.0, gt=0, description="LoRA scaling numerator: updates are scaled by alpha / rank")
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    reinitialise_patch_embedding: bool = Field(
+        default=False, description="draw the patch embedding anew and train it in full (a control; needs no key)"
+    )
+    training: TrainingSettings = TrainingSettings()
+    transform: Transform = BlockShufflePart()
+    objective: Objective = CrossEntropyPart()
+    adversarial: AugmentationPart | None = Field(default=None, description="also train on attacks")
+    curriculum: CurriculumPart | None = Field(default=None, description="the order of the images in a batch")
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Parts that change nothing are left out, so that adding one to the program renames no model that was made."""
+        values: dict[str, Any] = dump(self)
+        unchanged = {name for name in _PARTS if getattr(self, name) == type(self).model_fields[name].default}
+        return {name: value for name, value in values.items() if name not in unchanged}
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """The parts that were chosen, by the setting that chooses them."""
+        return {name: part for name in _PARTS if isinstance(part := getattr(self, name), Part)}
+
+
+def check_recipe(recipe: RecipeSettings, traits: frozenset[Trait], network: str) -> None:
+    """Raise InputError unless the parts go together and the network called ``network`` has what they need."""
+    needs: list[tuple[str, Trait]] = [
+        (f"adaptation {recipe.adaptation!r}", trait) for trait in ADAPTATION_NEEDS[recipe.adaptation]
+    ]
+    if recipe.reinitialise_patch_embedding:
+        needs.append(("reinitialise_patch_embedding", Trait.PATCH_EMBEDDING))
+    needs += [(f"{name} {part.name!r}", trait) for name, part in recipe.parts.items() for trait in sorted(part.needs)]
+    for what, trait in needs:
+        if trait not in traits:
+            raise InputError(
+                f"The recipe's {what} needs {trait.value}, which {network} does not have; docs/recipes.md says which "
+                "parts go together."
+            )
