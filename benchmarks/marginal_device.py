@@ -129,7 +129,7 @@ def adapted_model(
     """Adapt, merge and fold one model; its key is a public guess, which costs the same as a secret one."""
     trained = make_device_model(
         base, fixed_guess(name), recipe, splits, name=name, identity=[name], seed=seed, folder=folder / name,
-        progress=QUIET,
+        shared=folder / "shared", progress=QUIET,
     )  # fmt: skip
     return bake(trained.classifier)
 

@@ -24,6 +24,7 @@ from factory.base import Base
 from factory.block_shuffle import check_block_size
 from factory.classifier import ImageClassifier
 from factory.data import Splits
+from factory.decoys import DecoyPool
 from factory.progress import Progress
 from factory.recipes.recipe import RecipeSettings
 from factory.seeds import derive_seed
@@ -67,12 +68,14 @@ def make_device_model(
     identity: Sequence[str | int],
     seed: int,
     folder: Path,
+    shared: Path,
     progress: Progress,
 ) -> DeviceModel:
     """Fine-tune a copy of ``base`` on images shuffled by ``key`` (None: the un-keyed control).
 
     ``identity`` names the key without revealing it (fleet, device, generation). Everything lies in ``folder``:
-    ``adapter/``, the training checkpoint and ``model.json``, which says what the adapter was made from.
+    ``adapter/``, the training checkpoint and ``model.json``, which says what the adapter was made from. In
+    ``shared`` lies what a recipe makes once for all of them.
     """
     transform = keyed_transform(base, recipe, key)
     made_from = _fingerprint(base, recipe, splits, identity, seed)
@@ -83,7 +86,9 @@ def make_device_model(
     network = adapt(base.network, recipe) if finished is None else load_adapter(base.network, recipe, adapter)
     classifier = ImageClassifier(network, architecture.mean, architecture.std, transform)
     if finished is None:
-        history = _fine_tune(classifier, recipe, splits, name, made_from, seed, folder, progress)
+        decoys = recipe.decoys and recipe.decoys.open(base, recipe, splits, shared, progress)
+        torch.manual_seed(derive_seed(seed, name, "objective"))  # decoys may have drawn from it
+        history = _fine_tune(classifier, recipe, splits, decoys, name, made_from, seed, folder, progress)
         save_adapter(network, adapter)
         values: dict[str, Any] = {
             "made_from": made_from, "adapter_digest": adapter_digest(adapter), "seed": seed,
@@ -103,8 +108,8 @@ def make_device_model(
 
 
 def _fine_tune(
-    classifier: ImageClassifier, recipe: RecipeSettings, splits: Splits, name: str, made_from: str, seed: int,
-    folder: Path, progress: Progress,
+    classifier: ImageClassifier, recipe: RecipeSettings, splits: Splits, decoys: DecoyPool | None, name: str,
+    made_from: str, seed: int, folder: Path, progress: Progress,
 ) -> tuple[Epoch, ...]:  # fmt: skip
     checkpoint = folder / f"training-{made_from[:16]}.safetensors"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -113,7 +118,7 @@ def _fine_tune(
         classifier, splits.train, splits.validation, recipe.training, seed=seed, name=name, checkpoint=checkpoint,
         progress=progress,
         objective=objective if recipe.adversarial is None else recipe.adversarial.build(objective),
-        curriculum=None if recipe.curriculum is None else recipe.curriculum.build(),
+        curriculum=None if recipe.curriculum is None else recipe.curriculum.build(), decoys=decoys,
     )  # fmt: skip
     return tuple(history)
 

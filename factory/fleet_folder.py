@@ -71,6 +71,11 @@ class FleetFolder:
         """Where conversions lie that devices are written from."""
         return self.work / "templates"
 
+    @property
+    def shared(self) -> Path:
+        """Where a recipe keeps what it makes once for all devices."""
+        return self.work / "shared"
+
     def model(self, name: str) -> Path:
         """Where a model's adapter and training state lie."""
         return self.work / "models" / name

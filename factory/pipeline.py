@@ -62,7 +62,7 @@ from keys.identifiers import check_device_id
 from keys.signing import write_public_key
 
 GUESSED, UNKEYED, REINITIALISED = "guessed-key", "un-keyed", "re-initialised"
-RESERVED = (BASE, GUESSED, UNKEYED, REINITIALISED, "true-key-")
+RESERVED = (BASE, GUESSED, UNKEYED, REINITIALISED, "true-key-", "decoy-")
 FEW_VALUES = 12  # 12! = 4.8e8 permutations; 2×2 grey blocks have 24
 
 
@@ -126,7 +126,7 @@ def train_model(fleet: Fleet, name: str, key: DeviceKey | None, identity: Sequen
     return make_device_model(
         fleet.base, key, recipe_of(fleet, name), fleet.splits, name=name, identity=identity,
         seed=derive_seed(fleet.settings.seed, name, *identity), folder=fleet.folder.model(name),
-        progress=fleet.progress,
+        shared=fleet.folder.shared, progress=fleet.progress,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from factory.augment import augment
 from factory.classifier import ImageClassifier
 from factory.curriculum import Curriculum
 from factory.data import Split
+from factory.decoys import DecoyPool
 from factory.objective import CrossEntropy, Objective
 from factory.progress import Progress
 from factory.recipes.training import TrainingSettings
@@ -54,11 +55,12 @@ def train(
     progress: Progress,
     objective: Objective | None = None,
     curriculum: Curriculum | None = None,
+    decoys: DecoyPool | None = None,
 ) -> list[Epoch]:
     """Train the parameters of ``model`` that require gradients, in place; returns one entry per epoch.
 
     ``objective``: what is minimised, cross-entropy by default; its own parameters are trained as well.
-    ``curriculum`` cuts each batch into steps; by default a batch is one step.
+    ``curriculum`` cuts each batch into steps; by default a batch is one step. ``decoys`` replace a share of each step.
 
     ``checkpoint`` holds trainable weights, optimiser state and history after each epoch and is resumed from.
     Raises InputError if the loss becomes NaN or infinite; the checkpoint of the last good epoch stays.
@@ -93,8 +95,10 @@ def train(
                 rate = learning_rate(settings, epoch * steps_per_epoch + step, settings.epochs * steps_per_epoch)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                batch = augment(train_split.images[indices], settings, generator).to(device)
-                labels = train_split.labels[indices].to(device)
+                images, labels = train_split.images[indices], train_split.labels[indices]
+                if decoys is not None:
+                    images, labels = decoys.mix(images, labels, generator)
+                batch, labels = augment(images, settings, generator).to(device), labels.to(device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     loss = objective(model, batch.float() / 255, labels)
                 if not torch.isfinite(loss):

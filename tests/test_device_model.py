@@ -34,7 +34,16 @@ def make(
     """The model, and whether it was trained in this call."""
     progress = Progress(quiet=True)
     model = make_device_model(
-        base, key, recipe, splits, name="a", identity=identity, seed=seed, folder=folder, progress=progress
+        base,
+        key,
+        recipe,
+        splits,
+        name="a",
+        identity=identity,
+        seed=seed,
+        folder=folder,
+        shared=folder / "shared",
+        progress=progress,
     )
     return model, bool(progress.seconds)
 

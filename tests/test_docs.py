@@ -23,6 +23,9 @@ from device_tests.threats import Threat
 from exporters.formats import FORMATS
 from exporters.manifest import Manifest
 from exporters.package_rules import SIGNATURE_CONTEXT
+from factory.recipes.part import Part
+from factory.recipes.recipe import PARTS, RecipeSettings
+from factory.recipes.table import markdown
 from factory.settings import FleetSettings, parse
 from factory.studies.spec import (
     ArmSettings,
@@ -63,7 +66,9 @@ def codes(cell: str) -> list[str]:
 def settings_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Dotted name and field of every setting."""
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        if model is RecipeSettings and name in PARTS:
+            yield prefix + name, field
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from settings_of(field.annotation, f"{prefix}{name}.")
         else:
             yield prefix + name, field
@@ -73,10 +78,14 @@ def default_of(field: FieldInfo) -> str:
     """The default as TOML writes it, which for these types is as JSON does."""
     if field.default is None:
         return "unset"
+    if isinstance(field.default, Part):
+        return f"`{field.default.name}`"
     return f"`{json.dumps(field.default)}`"
 
 
 def allowed_of(field: FieldInfo) -> str:
+    if any(field is RecipeSettings.model_fields[name] for name in PARTS):
+        return "a [part](recipes.md)"
     kinds = get_args(field.annotation) if get_origin(field.annotation) in (Union, UnionType) else (field.annotation,)
     if kinds == (bool,):
         return "true, false"
@@ -102,6 +111,11 @@ def test_the_table_of_settings_is_that_of_the_code() -> None:
     wrong = [f"| `{name}` | {' | '.join(actual[name])} |" for name in actual if written.get(name) != actual[name]]
     assert not wrong, "docs/fleet-file.md needs these rows:\n" + "\n".join(wrong)
     assert list(written) == list(actual), "docs/fleet-file.md lists settings that are gone, or in another order"
+
+
+def test_the_tables_of_parts_are_those_of_the_code() -> None:
+    for part in markdown().split("\n\n"):
+        assert part.strip() in text_of("docs/recipes.md"), "run python -m factory.recipes.table; paste what it prints"
 
 
 def test_every_setting_is_explained() -> None:

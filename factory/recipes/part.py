@@ -37,7 +37,8 @@ class Part(Section):
     @property
     def name(self) -> str:
         """What fleet files call it."""
-        return str(type(self).model_fields["kind"].default)
+        field = type(self).model_fields.get("kind")
+        return "" if field is None else str(field.default)
 
 
 class TransformPart(Part):

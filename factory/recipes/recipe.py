@@ -18,6 +18,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from factory.recipes.block_shuffle import BlockShufflePart
 from factory.recipes.cross_entropy import CrossEntropyPart
+from factory.recipes.decoys import DecoysPart
 from factory.recipes.part import AugmentationPart, CurriculumPart, Part, Trait
 from factory.recipes.training import TrainingSettings
 from factory.section import Section
@@ -33,7 +34,8 @@ ADAPTATION_NEEDS: Mapping[str, tuple[Trait, ...]] = {
 }
 """What each way to adapt needs of the network."""
 
-_PARTS = ("transform", "objective", "adversarial", "curriculum")
+PARTS = ("transform", "objective", "adversarial", "curriculum", "decoys")
+"""The settings that choose a part."""
 
 
 class RecipeSettings(Section):
@@ -54,18 +56,19 @@ class RecipeSettings(Section):
     objective: Objective = CrossEntropyPart()
     adversarial: AugmentationPart | None = Field(default=None, description="also train on attacks")
     curriculum: CurriculumPart | None = Field(default=None, description="the order of the images in a batch")
+    decoys: DecoysPart | None = Field(default=None, description="also train on attacks that were made elsewhere")
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Parts that change nothing are left out, so that adding one to the program renames no model that was made."""
         values: dict[str, Any] = dump(self)
-        unchanged = {name for name in _PARTS if getattr(self, name) == type(self).model_fields[name].default}
+        unchanged = {name for name in PARTS if getattr(self, name) == type(self).model_fields[name].default}
         return {name: value for name, value in values.items() if name not in unchanged}
 
     @property
     def parts(self) -> dict[str, Part]:
         """The parts that were chosen, by the setting that chooses them."""
-        return {name: part for name in _PARTS if isinstance(part := getattr(self, name), Part)}
+        return {name: part for name in PARTS if isinstance(part := getattr(self, name), Part)}
 
 
 def check_recipe(recipe: RecipeSettings, traits: frozenset[Trait], network: str) -> None:

@@ -51,6 +51,7 @@ class Zoo:
                 self.base, fixed_guess(f"study-{index}") if arm.keyed else None, arm.recipe, self.splits, name=name,
                 identity=["study", "keyed" if arm.keyed else "un-keyed", index],
                 seed=derive_seed(self.seed, "study", index), folder=self.folder / f"{name}-{digest[:8]}",
+                shared=self.folder / "shared",
                 progress=self.progress,
             )  # fmt: skip
             known = Member(name, arm, index, model, bake(model.classifier))

@@ -1,0 +1,71 @@
+"""Which parts there are, and which go with which network, as Markdown; docs/recipes.md holds what this prints.
+
+Run ``python -m factory.recipes.table`` after a part was added or changed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from factory.recipes.part import Part, Trait
+from factory.recipes.recipe import ADAPTATION_NEEDS, PARTS, RecipeSettings
+
+NETWORKS: dict[str, frozenset[Trait]] = {
+    "ViT, Eva, Beit": frozenset({Trait.IMAGES, Trait.PATCH_EMBEDDING, Trait.ATTENTION}),
+    "ConvMixer": frozenset({Trait.IMAGES, Trait.PATCH_EMBEDDING}),
+    "ResNet, VGG, CNN-6": frozenset({Trait.IMAGES}),
+    "3D (volumes)": frozenset({Trait.VOLUMES, Trait.PATCH_LOGITS}),
+}
+"""Kinds of network as :func:`factory.networks.traits` sees them."""
+
+
+def part_types(setting: str) -> tuple[type[Part], ...]:
+    """The parts that a recipe's setting can name."""
+    return tuple(_parts(RecipeSettings.model_fields[setting].annotation))
+
+
+def markdown() -> str:
+    """Both tables."""
+    lines = ["| setting | part | what it is | its settings |", "|---|---|---|---|"]
+    for setting in PARTS:
+        for part in part_types(setting):
+            summary = (inspect.getdoc(part) or "").split("\n\n")[0].replace("\n", " ")
+            lines.append(f"| `{setting}` | {_kind(part)} | {summary} | {_settings(part)} |")
+    lines += ["", f"| part | {' | '.join(NETWORKS)} |", f"|---|{'---|' * len(NETWORKS)}"]
+    rows = [
+        (f"`adaptation = {name!r}`".replace("'", '"'), frozenset(needs)) for name, needs in ADAPTATION_NEEDS.items()
+    ]
+    rows += [(f"`{setting}` {_kind(part)}", part.needs) for setting in PARTS for part in part_types(setting)]
+    for name, needs in rows:
+        lines.append(f"| {name} | {' | '.join('yes' if needs <= has else '–' for has in NETWORKS.values())} |")
+    return "\n".join(lines) + "\n"
+
+
+def _parts(annotation: Any) -> Iterator[type[Part]]:
+    if isinstance(annotation, type):
+        if issubclass(annotation, Part):
+            yield annotation
+        return
+    if get_origin(annotation) in (Union, UnionType, Annotated):
+        for one in get_args(annotation):
+            yield from _parts(one)
+
+
+def _kind(part: type[Part]) -> str:
+    field = part.model_fields.get("kind")
+    return "" if field is None else f"`{field.default}`"
+
+
+def _settings(part: type[Part]) -> str:
+    shown = [
+        f"`{name}` ({json.dumps(field.default)})" for name, field in part.model_fields.items() if name != "kind"
+    ]  # fmt: skip
+    return ", ".join(shown) or "–"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

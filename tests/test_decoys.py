@@ -1,0 +1,125 @@
+"""Decoys: which images a batch gets, that a fleet makes its pool once, and that a pool of something else is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from factory.base import Base
+from factory.data import Splits
+from factory.decoy_making import open_pool
+from factory.decoys import DecoyPool, PoolOrigin, load_pool, save_pool
+from factory.device_model import make_device_model
+from factory.progress import Progress
+from factory.recipes.decoys import DecoysPart
+from factory.recipes.recipe import RecipeSettings
+from factory.recipes.training import TrainingSettings
+from keys.derive import fixed_guess
+from keys.errors import InputError
+
+TRAINING = TrainingSettings(epochs=1, batch_size=25, precision="fp32", flip=False, shift=0)
+PLAIN = RecipeSettings(rank=2, training=TRAINING)
+PART = DecoysPart(keys=1, images=30, steps=2, share=0.4)
+ORIGIN = PoolOrigin("b" * 64, "d" * 64, {"keys": 1})
+
+
+@pytest.fixture(scope="module")
+def few(tiny_splits: Splits) -> Splits:
+    train = tiny_splits.train.take(100)
+    return Splits("few", train, tiny_splits.validation.take(50), tiny_splits.test.take(50), tiny_splits.labels)
+
+
+@pytest.fixture(scope="module")
+def shared(tiny_base: Base, few: Splits, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shared")
+    open_pool(PART, tiny_base, PLAIN, few, folder, Progress(quiet=True))
+    return folder
+
+
+def numbered(count: int, start: int) -> torch.Tensor:
+    """Images 1×2×2, each of one value."""
+    return torch.arange(start, start + count, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2, 2).contiguous()
+
+
+def test_a_share_of_the_batch_becomes_decoys_with_their_own_labels() -> None:
+    pool = DecoyPool(numbered(50, 200), torch.arange(50), share=0.4)
+    images, labels = pool.mix(numbered(10, 0), torch.full((10,), 99), torch.Generator().manual_seed(0))
+    values = images[:, 0, 0, 0].long()
+    assert values[:6].tolist() == [0, 1, 2, 3, 4, 5]
+    assert labels[:6].tolist() == [99] * 6
+    assert (values[6:] >= 200).all()
+    assert labels[6:].tolist() == (values[6:] - 200).tolist()
+
+
+def test_the_pool_holds_attacks_on_the_base_and_on_each_decoy_key(tiny_base: Base, few: Splits, shared: Path) -> None:
+    pool = open_pool(PART, tiny_base, PLAIN, few, shared, Progress(quiet=True))
+    clean = few.train.images[:30].int()
+    assert pool.images.shape == (60, *few.train.images.shape[1:])
+    assert pool.labels.tolist() == few.train.labels[:30].tolist() * 2
+    for source in pool.images.int().split(30):
+        change = (source - clean).abs().flatten(1).amax(1)
+        assert change.max() == 8
+        assert (change > 0).all()
+    assert not torch.equal(pool.images[:30], pool.images[30:])
+
+
+def test_a_fleet_makes_its_pool_once(tiny_base: Base, few: Splits, shared: Path, tmp_path: Path) -> None:
+    recipe = PLAIN.model_copy(update={"decoys": PART})
+    progress = Progress(quiet=True)
+    models = [
+        make_device_model(
+            tiny_base, fixed_guess(name), recipe, few, name=name, identity=[name], seed=1, folder=tmp_path / name,
+            shared=shared, progress=progress,
+        )
+        for name in ("a", "b")
+    ]  # fmt: skip
+    assert set(progress.seconds) == {"a", "b"}  # nothing else was trained or attacked
+    assert models[0].adapter_digest != models[1].adapter_digest
+
+
+def test_what_decoys_there_are_changes_the_weights(tiny_base: Base, few: Splits, shared: Path, tmp_path: Path) -> None:
+    digests = {
+        make_device_model(
+            tiny_base, fixed_guess("a"), PLAIN.model_copy(update={"decoys": decoys}), few, name="a", identity=["a"],
+            seed=1, folder=tmp_path / str(number), shared=shared, progress=Progress(quiet=True),
+        ).adapter_digest
+        for number, decoys in enumerate([None, PART, PART, PART.model_copy(update={"share": 0.8})])
+    }  # fmt: skip
+    assert len(digests) == 3  # the same settings give the same weights
+
+
+@pytest.mark.parametrize(
+    ("origin", "what"),
+    [
+        (replace(ORIGIN, base="c" * 64), "another base"),
+        (replace(ORIGIN, data="c" * 64), "another data set"),
+        (replace(ORIGIN, settings={"keys": 2}), "another recipe"),
+    ],
+)
+def test_decoys_of_something_else_are_refused(tmp_path: Path, origin: PoolOrigin, what: str) -> None:
+    path = tmp_path / "pool.safetensors"
+    save_pool(path, ORIGIN, [numbered(4, 0)], [torch.arange(4)])
+    assert len(load_pool(path, ORIGIN, 0.5).images) == 4
+    with pytest.raises(InputError, match=what):
+        load_pool(path, origin, 0.5)
+
+
+def test_damaged_decoys_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "pool.safetensors"
+    with pytest.raises(InputError, match="missing or damaged"):
+        load_pool(path, ORIGIN, 0.5)
+    save_pool(path, ORIGIN, [numbered(4, 0)], [torch.arange(4)])
+    tensors, whole = load_file(path), path.read_bytes()
+    path.write_bytes(whole[:-5])
+    with pytest.raises(InputError, match="missing or damaged"):
+        load_pool(path, ORIGIN, 0.5)
+    save_file({**tensors, "images": tensors["images"].float()}, path, {"origin": ORIGIN.text})
+    with pytest.raises(InputError, match="no 8-bit images"):
+        load_pool(path, ORIGIN, 0.5)
+    save_file(tensors, path, {"origin": "else"})
+    with pytest.raises(InputError, match="another base"):
+        load_pool(path, ORIGIN, 0.5)
