@@ -140,7 +140,7 @@ def _batches(order: Tensor, split: Split, batch_size: int, curriculum: Curriculu
         if curriculum is None:
             yield indices
         else:
-            yield from (indices[part] for part in curriculum.sub_batches(split.images[indices]))
+            yield from (indices[part] for part in curriculum.parts(split.images[indices]))
 
 
 def learning_rate(settings: TrainingSettings, step: int, steps: int) -> float:

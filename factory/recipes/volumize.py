@@ -1,0 +1,40 @@
+"""The volumization paper's transform: patches in order, stacked to a volume for a 3D network."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from factory.recipes.part import Trait, TransformPart
+
+if TYPE_CHECKING:
+    from factory.volumization.volumize import Volumize
+    from keys.derive import DeviceKey
+
+
+class VolumizePart(TransformPart):
+    """An image's patches, ordered by a metric, by the key, or not at all, stacked to a volume (Eq. 3)."""
+
+    kind: Literal["volumize"] = "volumize"
+    patch_size: int = Field(default=7, ge=1, description="side of a patch in pixels; it must tile the image")
+    order: Literal[
+        "entropy", "mutual-information", "kl", "psnr", "max-norm", "joint-entropy", "mse", "raster", "key"
+    ] = "mutual-information"
+    bins: int = Field(default=16, ge=2, le=256, description="of the metrics' histograms: a power of two")
+    title = "volumization"
+    needs = frozenset({Trait.VOLUMES})
+
+    def build(self, key: DeviceKey | None, shape: tuple[int, int, int], block_size: int) -> Volumize:
+        """The stack of patches; only the order ``key`` depends on the key, and is row by row without one."""
+        from factory.volumization.order import keyed_order
+        from factory.volumization.volumize import Volumize, check_patches
+
+        _, height, width = shape
+        check_patches(self.patch_size, height, width)
+        if self.order != "key":
+            return Volumize(self.patch_size, self.order, self.bins)
+        if key is None:
+            return Volumize(self.patch_size, "raster", self.bins)
+        patches = (height // self.patch_size) * (width // self.patch_size)
+        return Volumize(self.patch_size, "key", self.bins, keyed_order(key, patches))
