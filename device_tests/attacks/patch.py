@@ -55,6 +55,19 @@ class PatchExamples:
         levels = torch.round(images * 255).to(torch.uint8).cpu().numpy()
         return sum(image.tobytes() in own for image in levels)
 
+    def refuse(self, images: torch.Tensor) -> None:
+        """Raise :class:`InputError` unless ``images`` (float N×C×H×W) are of these examples' size and none of them."""
+        if tuple(images.shape[1:]) != self.images.shape[1:]:
+            raise InputError(
+                f"The patch's examples are {self.images.shape[1:]} and the judged images "
+                f"{tuple(images.shape[1:])}; fit it on images of the same size."
+            )
+        shared = self.overlap(images)
+        if shared:
+            raise InputError(
+                f"{shared} of the judged images are among the patch's examples; fit it on images that are not judged."
+            )
+
 
 @dataclass(frozen=True, eq=False)
 class UniversalPatch:
@@ -117,16 +130,7 @@ class UniversalPatch:
 
         Raises :class:`InputError` if a judged image is among the examples, or their shapes differ.
         """
-        if tuple(images.shape[1:]) != self.examples.images.shape[1:]:
-            raise InputError(
-                f"The patch's examples are {self.examples.images.shape[1:]} and the judged images "
-                f"{tuple(images.shape[1:])}; fit it on images of the same size."
-            )
-        shared = self.examples.overlap(images)
-        if shared:
-            raise InputError(
-                f"{shared} of the judged images are among the patch's examples; fit it on images that are not judged."
-            )
+        self.examples.refuse(images)
         height, width = images.shape[-2:]
         side = Perturbation(Norm.PATCH, epsilon).side(height, width)
         patch = self.fit(model, side, seed=seed, device=images.device, progress=progress, each=len(images))

@@ -53,6 +53,11 @@ class PGD:
         """One gradient per step."""
         return self.steps
 
+    @property
+    def lengths(self) -> list[float]:
+        """Length of every step in multiples of ε: from ``reach`` to 0 along a cosine."""
+        return [self.reach * (1 + math.cos(math.pi * index / self.steps)) / 2 for index in range(self.steps)]
+
     def generate(
         self,
         model: nn.Module,
@@ -64,7 +69,6 @@ class PGD:
         progress: Progress | None = None,
     ) -> torch.Tensor:
         """Candidates by x ← clip(x + sᵢ·sign ∇ₓL); see :class:`~device_tests.attacks.attack.Attack`."""
-        turns = [math.pi * index / self.steps for index in range(self.steps)]
         return ascend(
             model,
             images,
@@ -72,7 +76,7 @@ class PGD:
             partial(loss_gradient, model, bf16=self.bf16),
             norm=self.norm,
             epsilon=epsilon,
-            lengths=[self.reach * (1 + math.cos(turn)) / 2 for turn in turns],
+            lengths=self.lengths,
             random_start=torch.Generator().manual_seed(seed),
             progress=progress,
         )

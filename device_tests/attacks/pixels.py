@@ -1,13 +1,14 @@
 """N-pixel attacks from scores alone: sparse random search and differential evolution.
 
 A pixel is one position with all its channels; ε is how many of them may take any 8-bit value. Both attacks ask for
-a whole batch at a time, and an image whose label has changed is not asked about again.
+a whole batch at a time, and an image whose label has changed is not asked about again, unless the search is told to go
+on. The sparse search can be kept inside one region of the image (``regions.py``).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from torch import nn
 from device_tests.attacks.answers import Queries, margins
 from device_tests.attacks.attack import Progress
 from device_tests.attacks.gradients import at_rest, batches
+from device_tests.attacks.regions import Region
 from device_tests.images import LEVELS
 from device_tests.perturbation import Norm
 from keys.errors import InputError
@@ -25,9 +27,16 @@ class SparseSearch:
     """Sparse-RS for N pixels (Croce et al., AAAI 2022): swap some of the pixels, keep what lowers the margin.
 
     Colours are corners of the colour cube, 0 or 1 in every channel. At most ``queries`` forward passes per image.
+    ``region``: all pixels lie in it, or in the centre if they do not fit. ``places``: ``"drawn"`` pixels stay where
+    they were drawn at random and only their colours are searched, as in the volumization paper ("selected at random");
+    ``"searched"`` is the whole attack. ``stops``: an image is left alone once it is wrong; else its margin is lowered
+    until the queries are spent, which matters where several attacked images are averaged.
     """
 
     queries: int = 500
+    region: Region | None = None
+    places: Literal["searched", "drawn"] = "searched"
+    stops: bool = True
 
     @property
     def norm(self) -> Norm:
@@ -46,13 +55,19 @@ class SparseSearch:
 
     @property
     def name(self) -> str:
-        """``"sparse-rs"``."""
-        return "sparse-rs"
+        """``"sparse-rs"``, and where it is kept to: ``"sparse-rs-drawn-top-left"``."""
+        where = "" if self.region is None else f"-{self.region.value}"
+        return "sparse-rs" + ("" if self.places == "searched" else "-drawn") + where
 
     @property
     def description(self) -> str:
         """Norm and budget in words."""
-        return f"Sparse-RS, L0, at most {self.queries} score queries of 8-bit images, corner colours, margin loss"
+        words = f"Sparse-RS, L0, at most {self.queries} score queries of 8-bit images, corner colours, margin loss"
+        if self.places == "drawn":
+            words += ", places drawn at random and kept"
+        if self.region is not None:
+            words += f", inside the {self.region.value} region"
+        return words if self.stops else words + ", all queries spent"
 
     @property
     def gradients_per_image(self) -> int:
@@ -84,7 +99,9 @@ class SparseSearch:
     ) -> torch.Tensor:
         """Algorithm 1 with the sampling of algorithm 2; every image draws whether it is still asked about or not."""
         n, channels, height, width = clean.shape
-        pixels = min(pixels, height * width)
+        inside = self._inside(height, width, pixels).to(clean.device)
+        room = int(inside.sum())
+        pixels = min(pixels, room)
 
         def ask(rows: torch.Tensor, places: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
             return margins(queries.logits_of_8bit(_painted(clean[rows], places, colours)), labels[rows])
@@ -92,19 +109,22 @@ class SparseSearch:
         def draw(shape: tuple[int, ...]) -> torch.Tensor:
             return torch.rand(shape, generator=generator).to(clean)  # on the CPU: the same on every device
 
-        places = draw((n, height * width)).topk(pixels).indices
+        places = draw((n, height * width)).masked_fill(~inside, -1.0).topk(pixels).indices
         colours = draw((n, pixels, channels)).round()
         margin = ask(torch.arange(n, device=clean.device), places, colours)
         for query in range(1, self.queries):
             swapped = max(1, int(pixels * self._share(query / self.queries)))
             new_places, new_colours = places.clone(), colours.clone()
             slots = draw((n, pixels)).topk(swapped).indices
-            free = draw((n, height * width)).scatter(1, places, -1.0)
-            if pixels < height * width:
-                new_places.scatter_(1, slots, free.topk(swapped).indices)
+            free = draw((n, height * width)).masked_fill(~inside, -1.0).scatter(1, places, -1.0)
+            if pixels < room and self.places == "searched":
+                found = free.topk(swapped)
+                # Where fewer are free than are swapped, the others stay.
+                kept = torch.where(found.values >= 0, found.indices, places.gather(1, slots))
+                new_places.scatter_(1, slots, kept)
             fresh = draw((n, swapped, channels)).round()
             new_colours.scatter_(1, slots[:, :, None].expand(-1, -1, channels), fresh)
-            rows = torch.nonzero(margin >= 0)[:, 0]
+            rows = torch.nonzero((margin >= 0) | (not self.stops))[:, 0]
             if len(rows) == 0:
                 break
             asked = ask(rows, new_places[rows], new_colours[rows])
@@ -112,6 +132,12 @@ class SparseSearch:
             margin[rows] = torch.minimum(asked, margin[rows])
             places[better], colours[better] = new_places[better], new_colours[better]
         return _painted(clean, places, colours)
+
+    def _inside(self, height: int, width: int, pixels: int) -> torch.Tensor:
+        """Which of the flat pixels may be changed: bool height·width."""
+        if self.region is None:
+            return torch.ones(height * width, dtype=torch.bool)
+        return self.region.holding(height, width, pixels).mask(height, width).flatten()
 
     def _share(self, spent: float) -> float:
         return next(share for end, share in self._SCHEDULE if spent <= end)

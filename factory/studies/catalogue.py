@@ -11,8 +11,10 @@ from device_tests.report.study_render import write_study
 from factory.progress import Progress
 from factory.studies.collusion import collusion
 from factory.studies.localized import localized
-from factory.studies.spec import AnySpec, CollusionSpec, LocalizedSpec, Table1Spec
+from factory.studies.spec import AnySpec, CollusionSpec, LocalizedSpec, Table1Spec, VolumizationSpec
 from factory.studies.table1 import table1
+from factory.studies.volumization import open_volumization, volumization
+from factory.studies.volumized_arms import arm_trainer
 from factory.studies.whitebox import GALLERY, gallery_of, whitebox
 from factory.studies.workbench import open_workbench
 
@@ -22,6 +24,11 @@ def run_study(spec: AnySpec, name: str, out: Path, progress: Progress, command: 
 
     The results go to ``out/name``. What an interrupted run finished is kept and not done again.
     """
+    if isinstance(spec, VolumizationSpec):
+        with open_volumization(out, spec, progress) as networks:
+            document = volumization(networks, arm_trainer(networks), command)
+            write_study(out / name, document, {})
+        return document
     galleries: dict[str, list[Pictures]] = {}
     with open_workbench(out, spec, progress) as bench:
         if isinstance(spec, Table1Spec):

@@ -153,7 +153,75 @@ class LocalizedSpec(Spec):
     patch_images: int = Field(default=500, ge=1, description="training images that the universal patch is made on")
 
 
-AnySpec = Table1Spec | CollusionSpec | WhiteboxSpec | LocalizedSpec
+PatchOrder = Literal[
+    "mutual-information", "kl", "entropy", "psnr", "max-norm", "joint-entropy", "mse", "raster", "key"
+]
+"""How a volume's patches are ordered: by a metric of the paper's Table 1, row by row, or by a key."""
+
+
+class VolumizedArmSettings(Section):
+    """One row of the volumization study: a network, and what stands between it and the image."""
+
+    name: Annotated[str, AfterValidator(_arm_name)]
+    network: str = Field(default="vgg", description="vgg, resnet or efficientnet; 3D where volumized, else 2D")
+    defence: Literal["none", "lgs", "jpeg", "total-variation", "volumized"] = "none"
+    order: PatchOrder | None = Field(default=None, description="of the patches, where volumized")
+    models: int = Field(default=1, ge=1, description="trained from as many seeds; an interval over models takes more")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> VolumizedArmSettings:
+        if (self.order is not None) != (self.defence == "volumized"):
+            raise ValueError("a volumized arm names its order, and no other arm does")
+        return self
+
+
+class VolumizationSpec(Section):
+    """The volumization paper's attack protocol (its section 5, Table 2 and Figure 3)."""
+
+    study: Literal["volumization"]
+    seed: int = Field(default=0, ge=0)
+    data: DataSettings = DataSettings()
+    image_size: int = Field(default=28, ge=4, description="images are square, of so many pixels")
+    channels: Literal[1, 3] = 1
+    patch_size: int = Field(default=7, ge=1, description="p, the side of the volume's patches; they tile the image")
+    training: TrainingSettings = TrainingSettings()
+    train_images: int | None = Field(default=None, ge=1, description="at most so many of the training images")
+    images: int = Field(default=200, ge=2, description="test images that are attacked")
+    pixels: tuple[int, ...] = Field(default=(1, 4, 16, 49, 98), description="N, 1 to 2·p², ascending")
+    places: tuple[Literal["drawn", "searched"], ...] = Field(
+        default=("drawn", "searched"), min_length=1, description="pixels at random places, as in the paper, or searched"
+    )
+    queries: int = Field(default=100, ge=1, description="of every N-pixel attack: per image and region")
+    stops: bool = Field(default=True, description="an attack ends where its own image is wrong; else it spends all")
+    patches: tuple[float, ...] = Field(default=(0.05, 0.1, 0.25), description="shares of the area, ascending")
+    patch_steps: int = Field(default=200, ge=1)
+    patch_images: int = Field(default=500, ge=1, description="training images that the universal patch is made on")
+    perturbation: PerturbationText = Field(default="linf:8/255", description="of PGD, BPDA-PGD and the order flip")
+    pgd_steps: int = Field(default=20, ge=1)
+    order_queries: int = Field(default=100, ge=1, description="of the order flip, per image")
+    arms: tuple[VolumizedArmSettings, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _possible(self) -> VolumizationSpec:
+        if self.image_size % self.patch_size:
+            raise ValueError(f"patches of {self.patch_size} pixels do not tile images of {self.image_size}")
+        most = 2 * self.patch_size**2
+        if not _ascends(self.pixels) or not 1 <= self.pixels[0] <= self.pixels[-1] <= most:
+            raise ValueError(f"pixels ascend from 1 to at most 2·p² = {most}")
+        if not _ascends(self.patches) or not 0 < self.patches[0] <= self.patches[-1] <= 0.25:
+            raise ValueError("patches ascend and cover at most 0.25 of the area")
+        if len({arm.name for arm in self.arms}) < len(self.arms):
+            raise ValueError("two arms have one name")
+        if len(set(self.places)) < len(self.places):
+            raise ValueError("places names one kind twice")
+        return self
+
+
+def _ascends(values: tuple[float, ...]) -> bool:
+    return len(values) > 0 and all(first < second for first, second in itertools.pairwise(values))
+
+
+AnySpec = Table1Spec | CollusionSpec | WhiteboxSpec | LocalizedSpec | VolumizationSpec
 _READER: TypeAdapter[AnySpec] = TypeAdapter(Annotated[AnySpec, Field(discriminator="study")])
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 
+from pydantic import BaseModel
+
 from device_tests.accuracy import accuracy
 from device_tests.evidence import Proportion
 from device_tests.fleet_statistics import FleetDifference, FleetRate
@@ -20,8 +22,10 @@ from device_tests.report.study_document import (
 )
 from exporters.measured import NotMeasured
 from exporters.run_torch import TorchRuntime
+from factory.data import Splits
 from factory.fleet_report import this_machine
 from factory.packaging import tool_versions
+from factory.progress import Progress
 from factory.studies.workbench import FleetMeasured, Workbench
 
 
@@ -69,12 +73,25 @@ def study_document(
     budgets: Sequence[BudgetLine], sections: Sequence[Section], command: str,
 ) -> StudyDocument:  # fmt: skip
     """The document of one study on one base and data set."""
-    spec, splits, test = bench.spec, bench.splits, bench.splits.test
+    spec, test = bench.spec, bench.splits.test
     clean = accuracy(TorchRuntime(bench.base_model), test.images.numpy(), test.labels.numpy())
     base = BaseReport(
         name=spec.base.name, digest=bench.base.digest,
         parameters=sum(p.numel() for p in bench.base.network.parameters()), clean=clean,
     )  # fmt: skip
+    return document_of(
+        spec, spec.seed, bench.splits, (base,), bench.progress, name=name, title=title, conclusion=conclusion,
+        highlights=highlights, budgets=budgets, sections=sections, command=command,
+    )  # fmt: skip
+
+
+def document_of(
+    spec: BaseModel, seed: int, splits: Splits, bases: Sequence[BaseReport], progress: Progress, *, name: str,
+    title: str, conclusion: Sequence[str], highlights: Mapping[str, FleetMeasured], budgets: Sequence[BudgetLine],
+    sections: Sequence[Section], command: str,
+) -> StudyDocument:  # fmt: skip
+    """The document of a study on whatever networks ``bases`` names."""
+    test = splits.test
     data = DataReport(
         name=splits.name, digest=splits.digest, train=len(splits.train), validation=len(splits.validation),
         test=len(test), skipped=splits.train.skipped + test.skipped, labels=splits.labels,
@@ -83,8 +100,8 @@ def study_document(
         schema=1, keyfoundry=importlib.metadata.version("keyfoundry"), created=now(), study=name, title=title,
         conclusion=tuple(conclusion),
         highlights=tuple(Highlight(label=label, figure=cell(value)) for label, value in highlights.items()),
-        command=command, spec=spec.model_dump(mode="json"), versions=tool_versions(), seed=spec.seed,
+        command=command, spec=spec.model_dump(mode="json"), versions=tool_versions(), seed=seed,
         machine=this_machine(),
-        seconds={stage: round(seconds, 2) for stage, seconds in bench.progress.seconds.items()},
-        bases=(base,), data=(data,), budgets=tuple(budgets), sections=tuple(sections),
+        seconds={stage: round(seconds, 2) for stage, seconds in progress.seconds.items()},
+        bases=tuple(bases), data=(data,), budgets=tuple(budgets), sections=tuple(sections),
     )  # fmt: skip

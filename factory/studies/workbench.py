@@ -140,6 +140,13 @@ def with_base(count: int) -> str:
 @contextlib.contextmanager
 def open_workbench(folder: Path, spec: Spec, progress: Progress) -> Iterator[Workbench]:
     """Hold the studies' folder for one run; raises BusyError if another run has it."""
+    with studies_folder(folder):
+        yield Workbench(folder, spec, progress)
+
+
+@contextlib.contextmanager
+def studies_folder(folder: Path) -> Iterator[None]:
+    """Make the folder and hold it, with its log; raises BusyError if another run has it."""
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "lock", timeout=0)
@@ -149,7 +156,7 @@ def open_workbench(folder: Path, spec: Spec, progress: Progress) -> Iterator[Wor
         raise BusyError(f"Another study is at work in {folder}; wait for it or choose another --out.") from error
     try:
         log_to(folder / "study.log")
-        yield Workbench(folder, spec, progress)
+        yield
     finally:
         lock.release()
 
