@@ -33,6 +33,8 @@ from factory.studies.spec import (
     LocalizedSpec,
     Spec,
     Table1Spec,
+    VolumizationSpec,
+    VolumizedArmSettings,
     WhiteboxSpec,
     read_spec,
 )
@@ -134,7 +136,7 @@ def test_the_fleet_files_in_the_documents_are_read_and_are_equal() -> None:
 
 # Studies
 
-NESTED = ("data", "base", "lora_training", "full_training", "arms")
+NESTED = ("data", "base", "lora_training", "full_training", "training", "arms")
 
 
 @pytest.mark.parametrize(
@@ -142,10 +144,11 @@ NESTED = ("data", "base", "lora_training", "full_training", "arms")
     [
         ("Settings of every study", Spec), ("An arm", ArmSettings), ("`table1`", Table1Spec),
         ("`collusion`", CollusionSpec), ("`whitebox`", WhiteboxSpec), ("`localized`", LocalizedSpec),
+        ("`volumization`", VolumizationSpec), ("An arm of `volumization`", VolumizedArmSettings),
     ],
 )  # fmt: skip
 def test_the_tables_of_a_spec_are_those_of_the_code(heading: str, model: type[BaseModel]) -> None:
-    shared = {} if model in (Spec, ArmSettings) else Spec.model_fields
+    shared = Spec.model_fields if issubclass(model, Spec) and model is not Spec else {}
     fields = {name: field for name, field in model.model_fields.items() if name not in (*NESTED, *shared, "study")}
     actual = [[f"`{name}`", "needed" if field.is_required() else default_of(field)] for name, field in fields.items()]
     written = [row[:2] for row in table("docs/studies.md", heading) if row[0] != "`study`"]

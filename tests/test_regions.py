@@ -1,4 +1,4 @@
-"""Five regions: where they lie, attacks that stay inside, the averaged and the plain judgement, and order flips."""
+"""Five regions: where they lie, attacks inside them, the averaged and the plain judgement; searching other orders."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from device_tests.attacks.answers import margins
-from device_tests.attacks.order_flip import OrderFlip, displaced
+from device_tests.attacks.order_search import OrderSearch, displaced
 from device_tests.attacks.patch import PatchExamples, UniversalPatch
 from device_tests.attacks.pixels import SparseSearch
 from device_tests.attacks.region_patch import RegionPatch
@@ -248,7 +248,7 @@ def test_nothing_right_is_not_measured_and_unequal_sets_are_refused() -> None:
         RegionJudgement(none, {"a": none[:2]}, none)
 
 
-# Order flips
+# The order
 
 
 def by_brightness(images: torch.Tensor) -> torch.Tensor:
@@ -260,7 +260,7 @@ def raster(images: torch.Tensor) -> torch.Tensor:
     return torch.arange(16).expand(len(images), -1)
 
 
-def test_an_order_flip_moves_patches_where_the_order_depends_on_the_image(
+def test_an_order_search_moves_patches_where_the_order_depends_on_the_image(
     model: nn.Module, images: tuple[np.ndarray, np.ndarray]
 ) -> None:
     size = Perturbation(Norm.LINF, 8 / 255)
@@ -274,7 +274,7 @@ def test_an_order_flip_moves_patches_where_the_order_depends_on_the_image(
 
     moved = {}
     for order in (by_brightness, raster):
-        attack = OrderFlip(order, (7, 7), order.__name__, queries=60)
+        attack = OrderSearch(order, (7, 7), order.__name__, queries=60)
         found = attack.generate(model, x, labels, epsilon=size.radius, seed=1, progress=progress)
         clean = torch.round(x * 255).to(torch.uint8).numpy()
         judged = floats(size.to_8bit(found.numpy(), clean))
@@ -288,12 +288,12 @@ def test_an_order_flip_moves_patches_where_the_order_depends_on_the_image(
     assert moved["raster"] == 0
 
 
-def test_an_order_flip_takes_patches_that_tile_the_image(
+def test_an_order_search_takes_patches_that_tile_the_image(
     model: nn.Module, images: tuple[np.ndarray, np.ndarray]
 ) -> None:
     with pytest.raises(InputError, match="do not tile"):
-        OrderFlip(raster, (5, 7)).generate(
+        OrderSearch(raster, (5, 7)).generate(
             model, floats(images[0][:2]), torch.from_numpy(images[1][:2]), epsilon=0.1, seed=0
         )
     with pytest.raises(InputError, match="at least one query"):
-        OrderFlip(raster, (7, 7), queries=0)
+        OrderSearch(raster, (7, 7), queries=0)

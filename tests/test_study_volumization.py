@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from device_tests.attacks.momentum import MomentumFGSM
 from device_tests.report.study_document import Curve, StudyDocument, Table
 from device_tests.report.study_render import write_study
 from exporters.measured import NotMeasured
@@ -94,7 +95,9 @@ class Trainer:
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(model(self.images[part]), self.labels[part].long()).backward()
                 optimizer.step()
-        return TrainedArm(model.eval(), order=model.order if isinstance(model, Stack) else None)
+        if not isinstance(model, Stack):
+            return TrainedArm(model.eval())
+        return TrainedArm(model.eval(), order=model.order, order_flip=MomentumFGSM(6) if model.sorts else None)
 
 
 @pytest.fixture(scope="module")
@@ -195,11 +198,13 @@ def test_the_whole_image_is_attacked_by_gradient_by_bpda_and_by_its_order(
         assert share(row["PGD"]) < share(row["clean"])
     assert isinstance(whole["undefended"]["BPDA-PGD"], NotMeasured)
     assert share(whole["lgs"]["BPDA-PGD"]) < share(whole["lgs"]["clean"])
-    assert isinstance(whole["undefended"]["order flip"], NotMeasured)
+    assert isinstance(whole["undefended"]["order search"], NotMeasured)
+    assert share(whole["by-entropy"]["order search"]) < share(whole["by-entropy"]["clean"])
     assert share(whole["by-entropy"]["order flip"]) < share(whole["by-entropy"]["clean"])
+    assert isinstance(whole["raster"]["order flip"], NotMeasured)
     # A fixed order is the control: the same search moves nothing.
-    assert whole["raster"]["moved by the order flip"] == "0.0 % of the patches"
-    assert whole["by-entropy"]["moved by the order flip"] != "0.0 % of the patches"
+    assert whole["raster"]["moved by the order search"] == "0.0 % of the patches"
+    assert whole["by-entropy"]["moved by the order search"] != "0.0 % of the patches"
 
 
 def test_a_second_run_makes_no_attack_again_and_says_the_same(
@@ -235,6 +240,17 @@ def test_the_catalogue_runs_the_plain_arms_and_trains_each_network_once(
     assert share(rows(document, "Accuracy under 1 pixel")[0]["clean"]) > 0.2
     again = run_study(spec, "volumization", tmp_path / "studies", silent, "keyfoundry study volumization")
     assert again.sections == document.sections
+
+
+@pytest.mark.parametrize("data", ["fashion-mnist", "cifar10"])
+def test_the_specs_of_the_whole_data_sets_have_the_papers_rows_and_the_controls(data: str) -> None:
+    spec = read_spec("mine", Path(__file__).parent.parent / "docs" / "results" / f"volumization-{data}.toml")
+    assert isinstance(spec, VolumizationSpec)
+    assert [arm.order or arm.defence for arm in spec.arms] == [
+        "none", "lgs", "mutual-information", "kl", "entropy", "psnr", "raster", "key",
+    ]  # fmt: skip
+    assert (spec.image_size // spec.patch_size) ** 2 == 4
+    assert spec.pixels[-1] == 2 * spec.patch_size**2
 
 
 def test_a_network_that_is_not_connected_is_one_sentence(idx_folder: Path, tmp_path: Path, silent: Progress) -> None:

@@ -153,9 +153,7 @@ class LocalizedSpec(Spec):
     patch_images: int = Field(default=500, ge=1, description="training images that the universal patch is made on")
 
 
-PatchOrder = Literal[
-    "mutual-information", "kl", "entropy", "psnr", "max-norm", "joint-entropy", "mse", "raster", "key"
-]
+PatchOrder = Literal["mutual-information", "kl", "entropy", "psnr", "max-norm", "joint-entropy", "mse", "raster", "key"]
 """How a volume's patches are ordered: by a metric of the paper's Table 1, row by row, or by a key."""
 
 
@@ -196,9 +194,11 @@ class VolumizationSpec(Section):
     patches: tuple[float, ...] = Field(default=(0.05, 0.1, 0.25), description="shares of the area, ascending")
     patch_steps: int = Field(default=200, ge=1)
     patch_images: int = Field(default=500, ge=1, description="training images that the universal patch is made on")
-    perturbation: PerturbationText = Field(default="linf:8/255", description="of PGD, BPDA-PGD and the order flip")
+    perturbation: PerturbationText = Field(
+        default="linf:8/255", description="of PGD, BPDA-PGD and attacks on the order"
+    )
     pgd_steps: int = Field(default=20, ge=1)
-    order_queries: int = Field(default=100, ge=1, description="of the order flip, per image")
+    order_queries: int = Field(default=100, ge=1, description="of the order search, per image")
     arms: tuple[VolumizedArmSettings, ...] = Field(min_length=1)
 
     @model_validator(mode="after")

@@ -19,7 +19,7 @@ from torch import nn
 from device_tests.accuracy import predict
 from device_tests.attacks.attack import Attack
 from device_tests.attacks.bpda import StandInGradient
-from device_tests.attacks.order_flip import Order, OrderFlip, displaced
+from device_tests.attacks.order_search import Order, OrderSearch, displaced
 from device_tests.attacks.patch import PatchExamples, UniversalPatch
 from device_tests.attacks.pgd import PGD
 from device_tests.attacks.pixels import SparseSearch
@@ -45,13 +45,15 @@ class TrainedArm:
 
     ``model``: float32 N×C×H×W in [0, 1] → logits N×K, in evaluation mode, what is judged. ``stand_in``: the same
     function with the gradient of a differentiable stand-in, for BPDA; ``None`` where there is nothing to stand in for.
-    ``order``: the order of its patches, where it has one. A model's function may depend on nothing but its printed
+    ``order``: the order of its patches, where it has one. ``order_flip``: a white-box attack in L∞ made for that order,
+    where there is one. A model's function may depend on nothing but its printed
     structure, its parameters and its buffers: attacks on it are kept under these.
     """
 
     model: nn.Module
     stand_in: nn.Module | None = None
     order: Order | None = None
+    order_flip: Attack | None = None
 
 
 TrainArm = Callable[[VolumizedArmSettings, int], TrainedArm]
@@ -74,7 +76,7 @@ class NetworkFindings:
 
     ``clean``: right on the clean image, bool N. ``pixels``: (places, N) → judgement. ``patches``: (``"patch"`` or
     ``"grey-patch"``, share of the area) → judgement. ``whole``: attack of the whole image → right under it, bool N.
-    ``moved``: share of the patches that the order flip moved, mean over the images.
+    ``moved``: share of the patches that the order search moved, mean over the images.
     """
 
     clean: np.ndarray
@@ -172,7 +174,7 @@ def _fitted(name: str, trained: TrainedArm, side: int, spec: VolumizationSpec, o
 def _whole(
     name: str, trained: TrainedArm, spec: VolumizationSpec, on: Judged
 ) -> tuple[dict[str, np.ndarray | NotMeasured], float | NotMeasured]:
-    """PGD, BPDA-PGD and the order flip on the whole image; and how far the last one moved the patches."""
+    """PGD, BPDA-PGD, order flip and order search on the whole image; and how far the last one moved the patches."""
     size = Perturbation.parse(spec.perturbation)
     pgd = PGD(spec.pgd_steps)
     right: dict[str, np.ndarray | NotMeasured] = {}
@@ -187,13 +189,18 @@ def _whole(
         right["BPDA-PGD"] = NotMeasured("the model's own gradient is exact wherever it has one: see PGD")
     else:
         right["BPDA-PGD"] = judged(_made(f"{name}-bpda", trained.stand_in, [pgd], size, spec, on), pgd.name)
+    flip = trained.order_flip
+    if flip is None:
+        right["order flip"] = NotMeasured("no attack on the order of this network was given")
+    else:
+        right["order flip"] = judged(_made(name, trained.model, [flip], size, spec, on), flip.name)
     if trained.order is None:
         none = NotMeasured("the network puts no patches in order")
-        return right | {"order flip": none}, none
-    flip = OrderFlip(trained.order, (spec.patch_size, spec.patch_size), name, spec.order_queries)
-    made = _made(name, trained.model, [flip], size, spec, on)
-    right["order flip"] = judged(made, flip.name)
+        return right | {"order search": none}, none
+    search = OrderSearch(trained.order, (spec.patch_size, spec.patch_size), name, spec.order_queries)
+    made = _made(name, trained.model, [search], size, spec, on)
+    right["order search"] = judged(made, search.name)
     if isinstance(made, NotMeasured):
         return right, made
-    before, after = (torch.from_numpy(from_8bit(images)) for images in (on.images, made[flip.name]))
+    before, after = (torch.from_numpy(from_8bit(images)) for images in (on.images, made[search.name]))
     return right, float(displaced(trained.order, before, after).mean())

@@ -1,9 +1,9 @@
-"""Order flip: small changes that put the patches of a volumized network into another order.
+"""Order search: small changes that put the patches of a volumized network into another order, by queries alone.
 
 A volumized network stacks an image's patches in the order of a metric (entropy, mutual information, …) that is computed
 from the pixels, so whoever changes pixels a little can move whole patches along the depth. This attack looks for such
-changes with the order alone, by random search; what the model itself says only breaks ties. Against a fixed order
-(raster, keyed) it can move nothing.
+changes with the order alone, by random search without a gradient; what the model itself says only breaks ties. Against
+a fixed order (raster, keyed) it can move nothing, which is its control.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Order = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class OrderFlip:
+class OrderSearch:
     """Random search in an L∞ ball for the image with the most patches out of their place; 8-bit images throughout.
 
     ``order``: the target's, with patches of ``patch`` = (height, width) pixels that tile the image; ``label``: what it
@@ -43,7 +43,7 @@ class OrderFlip:
     def __post_init__(self) -> None:
         if self.queries < 1 or min(self.patch) < 1:
             raise InputError(
-                f"An order flip takes at least one query and patches of a pixel or more, not {self.queries} queries "
+                f"An order search takes at least one query and patches of a pixel or more, not {self.queries} queries "
                 f"and patches of {self.patch}."
             )
 
@@ -54,15 +54,15 @@ class OrderFlip:
 
     @property
     def name(self) -> str:
-        """``"order-flip"``."""
-        return "order-flip"
+        """``"order-search"``."""
+        return "order-search"
 
     @property
     def description(self) -> str:
         """Norm and budget in words."""
         height, width = self.patch
         return (
-            f"order flip, L∞, at most {self.queries} queries of 8-bit images, {self.label} of patches of "
+            f"order search, L∞, at most {self.queries} queries of 8-bit images, {self.label} of patches of "
             f"{height}×{width}, most patches out of place, then least margin"
         )
 
