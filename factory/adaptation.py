@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import nn
+from torch import Tensor, nn
 
 from factory.low_rank_layers import merge_low_rank
 from factory.recipes.recipe import RecipeSettings
@@ -23,6 +24,7 @@ from keys.errors import InputError
 from keys.files import folder_being_written, sha256_file, write_atomic
 
 _WEIGHTS = "adapter_model.safetensors"
+_LEARNED = "objective.safetensors"
 
 
 def adapt(vit: KeyedVit, recipe: RecipeSettings) -> nn.Module:
@@ -77,8 +79,11 @@ def merge(model: nn.Module) -> KeyedVit:
     return merged.eval()
 
 
-def save_adapter(model: nn.Module, folder: Path) -> None:
-    """Save what was trained: peft's own format for LoRA, the trained tensors alone for the other modes."""
+def save_adapter(model: nn.Module, folder: Path, learned: Mapping[str, Tensor] | None = None) -> None:
+    """Save what was trained: peft's own format for LoRA, the trained tensors alone for the other modes.
+
+    ``learned``: the parameters of the objective by name, kept in a file beside them if there are any.
+    """
     with folder_being_written(folder) as temporary:
         temporary.chmod(0o700)  # an adapter gives its device away, as the device's weights do
         if isinstance(model, PeftModel):
@@ -87,6 +92,20 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
         else:
             trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
             write_atomic(temporary / _WEIGHTS, save(trained))
+        if learned:
+            tensors = {name: tensor.detach().contiguous() for name, tensor in learned.items()}
+            write_atomic(temporary / _LEARNED, save(tensors))
+
+
+def read_learned(folder: Path) -> dict[str, Tensor]:
+    """What the objective learned, by name; nothing where it had no parameters. Raises InputError if it is damaged."""
+    path = folder / _LEARNED
+    if not path.is_file():
+        return {}
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise InputError(f"{path} is damaged: {error}") from error
 
 
 def load_adapter(vit: KeyedVit, recipe: RecipeSettings, folder: Path) -> nn.Module:

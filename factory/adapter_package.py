@@ -183,6 +183,11 @@ def _plain(base: Base, recipe: RecipeSettings) -> _Plain:
         raise InputError(
             f"LoRA-only packages need a recipe with adaptation lora, not {recipe.adaptation}; send full packages."
         )
+    if recipe.objective.changes_network:
+        raise InputError(
+            f"LoRA-only packages need the base's own graph, which the objective {recipe.objective.name} changes at its "
+            "end; set its inference to softmax, or send full packages."
+        )
     side, channels = block_size(base, recipe), base.architecture.contract.channels
     unkeyed = BlockShuffle(np.arange(channels * side**2), channels=channels, block_size=side)
     module = bake(ImageClassifier(base.network, base.architecture.mean, base.architecture.std, unkeyed))

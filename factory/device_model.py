@@ -16,10 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from exporters.manifest import parse_utc, utc_text
-from factory.adaptation import adapt, adapter_digest, load_adapter, save_adapter, trainable_parameters
+from factory.adaptation import (
+    adapt,
+    adapter_digest,
+    load_adapter,
+    read_learned,
+    save_adapter,
+    trainable_parameters,
+)
 from factory.base import Base
 from factory.block_shuffle import check_block_size
 from factory.classifier import ImageClassifier
@@ -88,8 +95,8 @@ def make_device_model(
     if finished is None:
         decoys = recipe.decoys and recipe.decoys.open(base, recipe, splits, shared, progress)
         torch.manual_seed(derive_seed(seed, name, "objective"))  # decoys may have drawn from it
-        history = _fine_tune(classifier, recipe, splits, decoys, name, made_from, seed, folder, progress)
-        save_adapter(network, adapter)
+        history, learned = _fine_tune(classifier, recipe, splits, decoys, name, made_from, seed, folder, progress)
+        save_adapter(network, adapter, learned)
         values: dict[str, Any] = {
             "made_from": made_from, "adapter_digest": adapter_digest(adapter), "seed": seed,
             "trainable_parameters": trainable_parameters(network), "history": [asdict(epoch) for epoch in history],
@@ -101,6 +108,7 @@ def make_device_model(
             checkpoint.unlink()
     elif adapter_digest(adapter) != finished["adapter_digest"]:
         raise InputError(f"The adapter in {adapter} was changed after training; delete {folder} to make it anew.")
+    recipe.objective.attach(network, read_learned(adapter))
     return DeviceModel(
         name, classifier.eval(), finished["adapter_digest"], finished["trainable_parameters"],
         tuple(Epoch(**entry) for entry in finished["history"]), _created(finished, record),
@@ -110,17 +118,19 @@ def make_device_model(
 def _fine_tune(
     classifier: ImageClassifier, recipe: RecipeSettings, splits: Splits, decoys: DecoyPool | None, name: str,
     made_from: str, seed: int, folder: Path, progress: Progress,
-) -> tuple[Epoch, ...]:  # fmt: skip
+) -> tuple[tuple[Epoch, ...], dict[str, Tensor]]:  # fmt: skip
+    """The history, and what the objective learned."""
     checkpoint = folder / f"training-{made_from[:16]}.safetensors"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     objective = recipe.objective.build(classifier.network, len(splits.labels), recipe.training.label_smoothing)
+    if recipe.adversarial is not None:
+        objective = recipe.adversarial.build(objective)
     history = train(
         classifier, splits.train, splits.validation, recipe.training, seed=seed, name=name, checkpoint=checkpoint,
-        progress=progress,
-        objective=objective if recipe.adversarial is None else recipe.adversarial.build(objective),
+        progress=progress, objective=objective,
         curriculum=None if recipe.curriculum is None else recipe.curriculum.build(), decoys=decoys,
     )  # fmt: skip
-    return tuple(history)
+    return tuple(history), objective.learned()
 
 
 def _fingerprint(base: Base, recipe: RecipeSettings, splits: Splits, identity: Sequence[str | int], seed: int) -> str:

@@ -9,7 +9,7 @@ from factory.classifier import ImageClassifier
 
 
 class Objective(nn.Module):
-    """A loss of a model on a batch. Parameters of its own are trained with the model's and dropped after it."""
+    """A loss of a model on a batch. Parameters of its own are trained with the model's; no device gets them."""
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         """Called before epoch ``epoch`` (0 to ``epochs`` − 1), also when a run goes on after an interruption."""
@@ -17,6 +17,10 @@ class Objective(nn.Module):
     def forward(self, model: ImageClassifier, images: Tensor, labels: Tensor) -> Tensor:
         """The scalar loss, float32, of images N×C×H×W in [0, 1] with int64 labels N."""
         raise NotImplementedError
+
+    def learned(self) -> dict[str, Tensor]:
+        """Its own parameters and buffers by name: kept beside the adapter, and read again by an adaptive attack."""
+        return dict(self.state_dict())
 
 
 class CrossEntropy(Objective):

@@ -6,13 +6,14 @@ A part's file holds its settings and imports its machinery only when it is made,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar
 
 from factory.section import Section
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from factory.curriculum import Curriculum
     from factory.objective import Objective
@@ -60,6 +61,17 @@ class TransformPart(Part):
 
 class ObjectivePart(Part):
     """What training minimises."""
+
+    @property
+    def changes_network(self) -> bool:
+        """Whether :meth:`attach` makes another network, so that the base's graph with other weights is not its own."""
+        return False
+
+    def attach(self, network: nn.Module, learned: Mapping[str, Tensor]) -> None:
+        """Have a trained ``network`` answer, in place, by what the objective learned, where it is meant to.
+
+        ``learned``: what :meth:`factory.objective.Objective.learned` gave. Raises InputError if it does not fit.
+        """
 
     def build(self, network: nn.Module, classes: int, label_smoothing: float) -> Objective:
         """The loss, with parameters of its own (in training only) if it needs some."""
