@@ -16,16 +16,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
+from factory.recipes.adversarial_training import AdversarialTrainingPart
 from factory.recipes.block_shuffle import BlockShufflePart
 from factory.recipes.cross_entropy import CrossEntropyPart
 from factory.recipes.decoys import DecoysPart
-from factory.recipes.part import AugmentationPart, CurriculumPart, Part, Trait
+from factory.recipes.part import CurriculumPart, Part, Trait
+from factory.recipes.prototype_conformity import PrototypeConformityPart
 from factory.recipes.training import TrainingSettings
 from factory.section import Section
 from keys.errors import InputError
 
 Transform = Annotated[BlockShufflePart, Field(discriminator="kind")]
-Objective = Annotated[CrossEntropyPart, Field(discriminator="kind")]
+Objective = Annotated[CrossEntropyPart | PrototypeConformityPart, Field(discriminator="kind")]
 
 ADAPTATION_NEEDS: Mapping[str, tuple[Trait, ...]] = {
     "lora": (Trait.PATCH_EMBEDDING, Trait.ATTENTION),
@@ -54,7 +56,7 @@ class RecipeSettings(Section):
     training: TrainingSettings = TrainingSettings()
     transform: Transform = BlockShufflePart()
     objective: Objective = CrossEntropyPart()
-    adversarial: AugmentationPart | None = Field(default=None, description="also train on attacks")
+    adversarial: AdversarialTrainingPart | None = Field(default=None, description="also train on attacks")
     curriculum: CurriculumPart | None = Field(default=None, description="the order of the images in a batch")
     decoys: DecoysPart | None = Field(default=None, description="also train on attacks that were made elsewhere")
 

@@ -1,0 +1,77 @@
+"""Adversarial training: every batch is learnt together with attacked copies of it (Algorithm 1, lines 10 to 13).
+
+The attack climbs the whole loss that training minimises, not the cross-entropy alone, with ε drawn anew for every
+image. It is made on the model in evaluation mode: it moves no statistics of batch normalisation, and climbs the
+function that devices run, without dropout. Clean and attacked images then pass through the model together in training
+mode, so that batch normalisation sees, and later uses, the statistics of both.
+
+All randomness comes from torch's global generator, which training seeds at every epoch, so that a run that was
+interrupted goes on with the same images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from device_tests.attacks.gradients import at_rest
+from factory.classifier import ImageClassifier
+from factory.objective import Objective
+
+
+@dataclass(frozen=True)
+class TrainingAttack:
+    """``steps`` steps of ε/``steps`` along the gradient's sign; ε uniform in [``low``, ``high``] on inputs in [0, 1].
+
+    FGSM is one step from the image itself; PGD begins at a uniform point of the ball (Eqs. 10, 16 and 17).
+    """
+
+    low: float
+    high: float
+    steps: int
+    random_start: bool
+
+    def generate(self, objective: Objective, model: ImageClassifier, images: Tensor, labels: Tensor) -> Tensor:
+        """Attacked copies of ``images`` N×C×H×W in [0, 1], inside each image's ball and [0, 1]; without a gradient."""
+        draw = torch.rand(len(images), *(1 for _ in images.shape[1:]))
+        epsilon = (self.low + (self.high - self.low) * draw).to(images)
+        low, high = (images - epsilon).clamp(min=0), (images + epsilon).clamp(max=1)
+        attacked = images
+        if self.random_start:
+            attacked = torch.clamp(images + epsilon * (2 * torch.rand(images.shape) - 1).to(images), low, high)
+        with at_rest(model), at_rest(objective):
+            for _ in range(self.steps):
+                leaf = attacked.detach().requires_grad_(True)
+                with torch.enable_grad():
+                    loss = objective(model, leaf, labels)
+                (gradient,) = torch.autograd.grad(loss, leaf)
+                # Clipped outside the graph: a clamp has no gradient at its ends, where many pixels lie.
+                attacked = torch.clamp(attacked + epsilon / self.steps * gradient.sign(), low, high)
+        return attacked.detach()
+
+
+class AdversarialTraining(Objective):
+    """``objective`` on clean and attacked images at once, after ``warm_up`` epochs on clean images alone."""
+
+    def __init__(self, objective: Objective, attack: TrainingAttack, warm_up: int = 0) -> None:
+        super().__init__()
+        self.objective, self.attack, self.warm_up = objective, attack, warm_up
+        self.attacking = warm_up == 0
+
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Pass it on; attack from epoch ``warm_up`` on."""
+        self.attacking = epoch >= self.warm_up
+        self.objective.begin_epoch(epoch, epochs)
+
+    def forward(self, model: ImageClassifier, images: Tensor, labels: Tensor) -> Tensor:
+        """The objective's loss of 2·N images; see :class:`Objective`."""
+        if not self.attacking:
+            return self.objective(model, images, labels)
+        attacked = self.attack.generate(self.objective, model, images, labels)
+        return self.objective(model, torch.cat([images, attacked]), torch.cat([labels, labels]))
+
+    def learned(self) -> dict[str, Tensor]:
+        """What the objective learned."""
+        return self.objective.learned()

@@ -1,0 +1,44 @@
+"""Training on attacked images beside the clean ones."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, model_validator
+
+from factory.recipes.part import AugmentationPart
+
+if TYPE_CHECKING:
+    from factory.objective import Objective
+
+
+class AdversarialTrainingPart(AugmentationPart):
+    """Clean and attacked images together, the attack made on the joint loss (Mustafa et al., ICCV 2019, Algorithm 1).
+
+    The paper draws ε from [0.1, 0.5] for Fashion-MNIST and from [0.01, 0.05] for CIFAR-10, the default.
+    """
+
+    kind: Literal["fgsm", "pgd"] = "pgd"
+    epsilon_low: float = Field(default=0.01, ge=0, le=1, description="smallest ε, on inputs in [0, 1]")
+    epsilon_high: float = Field(default=0.05, gt=0, le=1, description="largest ε")
+    steps: int = Field(default=10, ge=1, description="of PGD, ε/steps each; a batch costs about this many times more")
+    warm_up: int = Field(default=0, ge=0, description="epochs on clean images alone (T')")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AdversarialTrainingPart:
+        if self.epsilon_low > self.epsilon_high:
+            raise ValueError("epsilon_low must not be above epsilon_high")
+        return self
+
+    @property
+    def name(self) -> str:
+        """``fgsm`` or ``pgd``."""
+        return self.kind
+
+    def build(self, objective: Objective) -> Objective:
+        """``objective`` on clean and attacked images."""
+        from factory.adversarial_training import AdversarialTraining, TrainingAttack
+
+        pgd = self.kind == "pgd"
+        attack = TrainingAttack(self.epsilon_low, self.epsilon_high, self.steps if pgd else 1, random_start=pgd)
+        return AdversarialTraining(objective, attack, self.warm_up)

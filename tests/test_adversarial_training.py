@@ -1,0 +1,144 @@
+"""Adversarial training: images in their balls, a deliberate mode of the model, the joint loss, and what it buys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from device_tests.accuracy import predict
+from device_tests.attacks.pgd import PGD
+from device_tests.crafting import craft
+from device_tests.perturbation import Norm, Perturbation
+from device_tests.threats import Source, Threat
+from exporters.run_torch import TorchRuntime
+from factory.adversarial_training import AdversarialTraining, TrainingAttack
+from factory.classifier import ImageClassifier
+from factory.data import Splits
+from factory.objective import CrossEntropy, Objective
+from factory.progress import Progress
+from factory.recipes.adversarial_training import AdversarialTrainingPart
+from factory.recipes.recipe import RecipeSettings
+from factory.recipes.training import TrainingSettings
+from factory.train import train
+
+
+def cnn() -> ImageClassifier:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(1, 8, 5, 2, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 5, 2, 2), nn.ReLU(), nn.Flatten(),
+        nn.Dropout(0.5), nn.Linear(16 * 49, 10),
+    )  # fmt: skip
+    return ImageClassifier(network, (0.3,), (0.3,))
+
+
+@pytest.fixture(scope="module")
+def batch(tiny_splits: Splits) -> tuple[Tensor, Tensor]:
+    return tiny_splits.train.images[:64].float() / 255, tiny_splits.train.labels[:64]
+
+
+@pytest.mark.parametrize(("steps", "start"), [(1, False), (4, True)])
+def test_attacked_images_lie_in_their_balls_and_raise_the_loss(
+    batch: tuple[Tensor, Tensor], steps: int, start: bool
+) -> None:
+    images, labels = batch
+    model, objective = cnn().eval(), CrossEntropy()
+    attack = TrainingAttack(0.1, 0.5, steps, start)
+    torch.manual_seed(1)
+    drawn = 0.1 + 0.4 * torch.rand(len(images), 1, 1, 1)
+    torch.manual_seed(1)
+    attacked = attack.generate(objective, model, images, labels)
+    assert ((attacked - images).abs() <= drawn + 1e-6).all()
+    assert attacked.min() >= 0
+    assert attacked.max() <= 1
+    assert not attacked.requires_grad
+    moved = (attacked - images).abs().flatten(1).max(dim=1).values
+    assert moved.max() > 2 * moved.min() > 0  # one ε per image
+    with torch.no_grad():
+        assert objective(model, attacked, labels) > objective(model, images, labels)
+    torch.manual_seed(1)
+    assert torch.equal(attack.generate(objective, model, images, labels), attacked)
+
+
+class Watching(Objective):
+    """Cross-entropy that keeps what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[int, bool, bool]] = []
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, model: ImageClassifier, images: Tensor, labels: Tensor) -> Tensor:
+        frozen = not any(p.requires_grad for p in model.parameters())
+        self.asked.append((len(images), model.training, frozen))
+        return self.weight * nn.functional.cross_entropy(model(images), labels)
+
+
+def test_it_attacks_at_rest_and_learns_both_halves_in_training_mode(batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    model, objective = cnn().train(), Watching()
+    norm = model.network[1]
+    assert isinstance(norm, nn.BatchNorm2d)
+    loss = AdversarialTraining(objective, TrainingAttack(0.1, 0.1, 3, True))(model, images, labels)
+    # Three gradients of the model at rest, then one batch of clean and attacked images; statistics moved once.
+    assert objective.asked == [(64, False, True)] * 3 + [(128, True, False)]
+    assert int(norm.num_batches_tracked) == 1
+    assert model.training
+    assert all(p.requires_grad for p in [*model.parameters(), *objective.parameters()])
+    assert all(p.grad is None for p in [*model.parameters(), *objective.parameters()])
+    loss.backward()
+    assert all(p.grad is not None for p in [*model.parameters(), *objective.parameters()])
+
+
+def test_it_begins_after_the_warm_up_and_passes_epochs_on(batch: tuple[Tensor, Tensor]) -> None:
+    objective = Watching()
+    training = AdversarialTraining(objective, TrainingAttack(0.1, 0.1, 1, False), warm_up=2)
+    for epoch, expected in ((0, [64]), (1, [64]), (2, [64, 128])):
+        objective.asked.clear()
+        training.begin_epoch(epoch, 3)
+        training(cnn(), *batch)
+        assert [count for count, _, _ in objective.asked] == expected
+    assert set(training.learned()) == {"weight"}
+
+
+class Opposite(Objective):
+    """A loss that falls where the cross-entropy rises."""
+
+    def forward(self, model: ImageClassifier, images: Tensor, labels: Tensor) -> Tensor:
+        return -nn.functional.cross_entropy(model(images), labels)
+
+
+def test_the_attack_climbs_the_loss_that_is_minimised(batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    model, attack = cnn().eval(), TrainingAttack(0.05, 0.05, 1, False)
+    up, down = (attack.generate(one, model, images, labels) - images for one in (CrossEntropy(), Opposite()))
+    inside = (images > 0.05) & (images < 0.95) & (up != 0)
+    assert inside.any()
+    assert torch.equal(up[inside].sign(), -down[inside].sign())
+
+
+def test_settings() -> None:
+    assert RecipeSettings.model_validate({"adversarial": {"kind": "fgsm"}}).parts["adversarial"].name == "fgsm"
+    with pytest.raises(ValueError, match="must not be above"):
+        AdversarialTrainingPart(epsilon_low=0.2, epsilon_high=0.1)
+    assert "adversarial" not in RecipeSettings().model_dump()
+
+
+def test_a_model_trained_on_attacks_is_fooled_less(tiny_splits: Splits, tmp_path: Path) -> None:
+    """Accuracy under PGD on test images, after the same number of epochs."""
+    settings = TrainingSettings(epochs=5, batch_size=50, learning_rate=5e-3, shift=0, flip=False, precision="fp32")
+    part = AdversarialTrainingPart(epsilon_low=0.02, epsilon_high=0.1, steps=2)
+    images, labels = tiny_splits.test.images[:300].numpy(), tiny_splits.test.labels[:300].numpy()
+    ball, right = Perturbation(Norm.LINF, 0.06), dict[str, float]()
+    for name, objective in (("plain", CrossEntropy()), ("attacked", part.build(CrossEntropy()))):
+        model = cnn()
+        train(
+            model, tiny_splits.train, tiny_splits.validation, settings, seed=0, name=name, checkpoint=tmp_path / name,
+            progress=Progress(quiet=True), objective=objective,
+        )  # fmt: skip
+        source = Source(name, Threat.TARGET_ITSELF, model, "itself")
+        made = craft(source, [PGD(steps=10)], images, labels, perturbation=ball, seed=0)
+        right[name] = float((predict(TorchRuntime(model), made.images["pgd"]) == labels).mean())
+    assert right["attacked"] > right["plain"] + 0.1, right
