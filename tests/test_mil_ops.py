@@ -58,6 +58,7 @@ TWO = ((1, 3, 4), (1, 3, 4))
 ROW = (1, 6, 8)
 IMAGE = (1, 4, 8, 8)
 INDICES = torch.tensor([3, 0, 2])
+LOOKED_UP = torch.tensor([5.0, -1.0, 0.5, 3.0, 8.0, 2.0, 7.0, 1.0])
 CASES = [
     case("arithmetic", "add sub mul real_div", lambda x, y: (x + y) * (x - y) / (y + 3), *TWO),
     case("broadcast by rank", "add mul", lambda x, y: x * y + y, (1, 2, 3, 4), (3, 4)),
@@ -108,6 +109,7 @@ CASES = [
     case("slice, one", "slice_by_index", lambda x: x[:, -2], ROW),
     case("gather", "gather", lambda x: x.index_select(1, INDICES), ROW),
     case("gather channels", "gather", lambda x: x[:, INDICES], IMAGE),
+    case("look up", "gather cast", lambda x: LOOKED_UP[(x.abs() * 2).clamp(0, 7).to(torch.int64)], ROW),
     case("gather along", "gather_along_axis", lambda x: x.gather(2, INDICES.expand(1, 6, 3)), ROW),
     case("tile", "tile", lambda x: x.repeat(1, 2, 3), ROW),
     case("unshuffle", "pixel_unshuffle", lambda x: F.pixel_unshuffle(x, 2), IMAGE),

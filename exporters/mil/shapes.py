@@ -92,11 +92,24 @@ def _slice_by_index(call: Call) -> np.ndarray:
 def _gather(call: Call) -> np.ndarray:
     if call.integer("batch_dims", 0) != 0:
         raise call.unknown("gathers by batches")
-    x, indices = call.tensor("x"), call.constant("indices")
+    x = call.tensor("x")
     axis = call.axis("axis", x.ndim - 1, default=0)
+    if call.values["indices"][0].per_image:
+        return _looked_up(call, x, axis)
+    indices = call.constant("indices")
     _check_indices(call, indices, x.shape[axis])
     call.expect((*x.shape[1:axis], *indices.shape, *x.shape[axis + 1 :]))
     return np.take(x, indices, axis)
+
+
+def _looked_up(call: Call, x: np.ndarray, axis: int) -> np.ndarray:
+    """Values of one table for all images, at places that each image decides."""
+    if axis != 1 or call.values["x"][0].per_image:
+        raise call.unknown("takes 'indices' from the image, and not of the first axis of a constant")
+    indices = call.tensor("indices")
+    _check_indices(call, indices, x.shape[1])
+    call.expect((*indices.shape[1:], *x.shape[2:]))
+    return x[0][indices]
 
 
 @operator("gather_along_axis", "x indices axis validate_indices", moves=True)
