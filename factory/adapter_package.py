@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -38,14 +39,16 @@ from exporters.run_torch import TorchRuntime
 from exporters.to_coreml import Target, export_coreml
 from factory.adaptation import adapt
 from factory.base import Base
-from factory.block_shuffle import BlockShuffle
 from factory.classifier import ImageClassifier
-from factory.device_model import block_size
+from factory.device_model import keyed_transform
 from factory.folding import bake
+from factory.keyed_transforms.key_ensemble import DeviceClassifier
+from factory.keyed_transforms.neutral import neutral
 from factory.low_rank_layers import low_rank_layers
 from factory.packaging import tool_versions
 from factory.progress import Progress
 from factory.recipes.recipe import RecipeSettings
+from keys.derive import fixed_guess
 from keys.errors import CheckFailed, InputError
 from keys.files import folder_being_written, sha256_file, write_atomic
 
@@ -53,7 +56,7 @@ BASE_ID = "base"
 # The same float32 values, of which the updates are added to the activations instead of to the weights.
 LIMITS = ParityLimits("fp32", 1e-5, 1.0)
 _GOLDEN_IMAGES = 8
-_SHUFFLE = "transform.permutation"
+_TRANSFORM = "transform."
 _ONNX = FORMATS["onnx-fp32"]
 _COREML = (FORMATS["coreml-fp16"], FORMATS["coreml-fp32"])
 
@@ -133,7 +136,7 @@ def export_base_package(
 
 
 def export_adapter_package(
-    model: ImageClassifier, base: Base, recipe: RecipeSettings, base_package: Path, full_package: Path, package: Path,
+    model: DeviceClassifier, base: Base, recipe: RecipeSettings, base_package: Path, full_package: Path, package: Path,
     progress: Progress,
 ) -> Manifest:  # fmt: skip
     """Write the unsigned adapter package of a device, whose trained ``model`` the ``full_package`` was made of.
@@ -188,10 +191,13 @@ def _plain(base: Base, recipe: RecipeSettings) -> _Plain:
             f"LoRA-only packages need the base's own graph, which the objective {recipe.objective.name} changes at its "
             "end; set its inference to softmax, or send full packages."
         )
-    side, channels = block_size(base, recipe), base.architecture.contract.channels
-    unkeyed = BlockShuffle(np.arange(channels * side**2), channels=channels, block_size=side)
+    if recipe.keys is not None:
+        raise InputError("LoRA-only packages hold the model of one key, not an ensemble; send full packages.")
+    # Any key's transform has the tensors that a device's will replace.
+    keyed = keyed_transform(base, recipe, fixed_guess(BASE_ID))
+    unkeyed = None if keyed is None else neutral(keyed)
     module = bake(ImageClassifier(base.network, base.architecture.mean, base.architecture.std, unkeyed))
-    # A shuffle that could not be folded stays in the graph, around the ViT.
+    # A transform that could not be folded stays in the graph, around the ViT.
     prefix = "network." if isinstance(module, ImageClassifier) else ""
     with torch.random.fork_rng(devices=[]):  # peft draws the updates, which are not looked at here
         adapted = adapt(base.network, recipe)
@@ -206,8 +212,7 @@ def _plain(base: Base, recipe: RecipeSettings) -> _Plain:
     }
     parents = tuple(f"{prefix}{name}." for name in sorted(replaced))
     whole = [name for name in module.state_dict() if name.startswith(parents)]
-    if prefix:
-        whole.append(_SHUFFLE)
+    whole += [name for name in module.state_dict() if prefix and name.startswith(_TRANSFORM)]
     return _Plain(module, tuple(f"{prefix}{name}" for name in low_rank), tuple(whole))
 
 
@@ -221,9 +226,9 @@ def _with_places(plain: _Plain, rank: int) -> tuple[nn.Module, list[str]]:
     return module.eval(), [*plain.whole, *(name + part for name in plain.low_rank for part in (A, B))]
 
 
-def _tensors(model: ImageClassifier, plain: _Plain) -> dict[str, np.ndarray]:
+def _tensors(model: DeviceClassifier, plain: _Plain) -> dict[str, np.ndarray]:
     """What the adapter file holds."""
-    if not isinstance(model.network, PeftModel):
+    if not isinstance(model, ImageClassifier) or not isinstance(model.network, PeftModel):
         raise InputError("LoRA-only packages need a model that LoRA adapted; send the full package.")
     baked = bake(model)
     state = baked.state_dict()
@@ -250,10 +255,16 @@ def _check_pair(full: Manifest, shared: Manifest, base: Base, recipe: RecipeSett
         "base": {full.base_digest, shared.base_digest, base.digest},
         "rank": {recipe.rank, shared.recipe.get("rank")},
         "block size": {recipe.block_size, shared.recipe.get("block_size")},
+        "transform": {_canonical(recipe.model_dump(mode="json")), _canonical(shared.recipe)},
         "set of classes": {full.labels, shared.labels},
     }.items():
         if len(values) > 1:
             raise InputError(f"The base package has another {name} than the device; export the base package again.")
+
+
+def _canonical(recipe: Mapping[str, object]) -> str:
+    """The transform that a recipe names, as text that does not depend on the order of its settings."""
+    return json.dumps(recipe.get("transform"), sort_keys=True)
 
 
 def _write_deltas(

@@ -1,4 +1,4 @@
-"""Bake the shuffle into the graph: folded into the patch embedding where that is exact, else kept as a gather.
+"""Bake the transform into the graph: folded into the patch embedding where that is exact, else kept as it is.
 
 With the block size a divisor of the patch size, every patch is made of whole blocks. Shuffle, normalisation
 and patch embedding are then one linear map of the patch, so permuting (and scaling) the columns of the
@@ -16,11 +16,20 @@ from torch import Tensor, nn
 from factory.adaptation import merge
 from factory.block_shuffle import BlockShuffle
 from factory.classifier import ImageClassifier
+from factory.keyed_transforms.bit_flip import BitFlip
+from factory.keyed_transforms.key_ensemble import DeviceClassifier, KeyEnsemble
 from factory.vits import KeyedVit
 
 
-def bake(model: ImageClassifier) -> nn.Module:
+def bake(model: DeviceClassifier) -> nn.Module:
     """A plain module for export, float N×C×H×W in [0, 1] to logits: merged, and folded where that is possible."""
+    if isinstance(model, KeyEnsemble):
+        return model.each(_bake)
+    return _bake(model)
+
+
+def _bake(model: nn.Module) -> nn.Module:
+    assert isinstance(model, ImageClassifier)
     merged = ImageClassifier(
         merge(model.network), model.mean.flatten().tolist(), model.std.flatten().tolist(), model.transform
     )
@@ -33,12 +42,12 @@ def can_fold(model: ImageClassifier) -> bool:
     projection = _projection(model.network)
     tiles = projection.stride == projection.kernel_size and projection.padding == (0, 0)
     transform, side = model.transform, projection.kernel_size[0]
-    shuffled = isinstance(transform, BlockShuffle) and side % transform.block_size == 0
-    return tiles and (transform is None or shuffled)
+    affine = isinstance(transform, BlockShuffle | BitFlip) and side % transform.block_size == 0
+    return tiles and (transform is None or affine)
 
 
 def fold(model: ImageClassifier) -> KeyedVit:
-    """Fold shuffle and normalisation into the patch embedding of a merged model; computed in float64."""
+    """Fold shuffle or bit flips and normalisation into the patch embedding of a merged model; computed in float64."""
     assert isinstance(model.network, KeyedVit)
     assert can_fold(model)
     vit = copy.deepcopy(model.network)
@@ -47,7 +56,11 @@ def fold(model: ImageClassifier) -> KeyedVit:
     bias = torch.zeros(weight.shape[0], dtype=torch.float64) if projection.bias is None else projection.bias.double()
     scaled = weight / model.std.double()
     folded_bias = bias - (scaled * model.mean.double()).sum((1, 2, 3))
-    folded = _unshuffle(scaled, model.transform) if isinstance(model.transform, BlockShuffle) else scaled
+    shuffle = model.transform
+    if isinstance(shuffle, BitFlip):
+        scaled, folded_bias = shuffle.folded(scaled, folded_bias)
+        shuffle = shuffle.shuffle
+    folded = _unshuffle(scaled, shuffle) if isinstance(shuffle, BlockShuffle) else scaled
     replacement = nn.Conv2d(
         projection.in_channels, projection.out_channels, projection.kernel_size, projection.stride  # type: ignore[arg-type]
     ).to(projection.weight.dtype)  # fmt: skip

@@ -17,16 +17,19 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from factory.recipes.adversarial_training import AdversarialTrainingPart
+from factory.recipes.bit_flip import BitFlipPart
 from factory.recipes.block_shuffle import BlockShufflePart
 from factory.recipes.cross_entropy import CrossEntropyPart
 from factory.recipes.decoys import DecoysPart
+from factory.recipes.format_preserving import FormatPreservingPart
+from factory.recipes.key_ensemble import KeyEnsemblePart
 from factory.recipes.part import CurriculumPart, Part, Trait
 from factory.recipes.prototype_conformity import PrototypeConformityPart
 from factory.recipes.training import TrainingSettings
 from factory.section import Section
 from keys.errors import InputError
 
-Transform = Annotated[BlockShufflePart, Field(discriminator="kind")]
+Transform = Annotated[BlockShufflePart | BitFlipPart | FormatPreservingPart, Field(discriminator="kind")]
 Objective = Annotated[CrossEntropyPart | PrototypeConformityPart, Field(discriminator="kind")]
 
 ADAPTATION_NEEDS: Mapping[str, tuple[Trait, ...]] = {
@@ -36,7 +39,7 @@ ADAPTATION_NEEDS: Mapping[str, tuple[Trait, ...]] = {
 }
 """What each way to adapt needs of the network."""
 
-PARTS = ("transform", "objective", "adversarial", "curriculum", "decoys")
+PARTS = ("transform", "objective", "adversarial", "curriculum", "decoys", "keys")
 """The settings that choose a part."""
 
 
@@ -59,6 +62,7 @@ class RecipeSettings(Section):
     adversarial: AdversarialTrainingPart | None = Field(default=None, description="also train on attacks")
     curriculum: CurriculumPart | None = Field(default=None, description="the order of the images in a batch")
     decoys: DecoysPart | None = Field(default=None, description="also train on attacks that were made elsewhere")
+    keys: KeyEnsemblePart | None = Field(default=None, description="several keys in one device")
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""The keyed transforms beside the block shuffle, as modules of a graph, and the ensemble of several keys."""
