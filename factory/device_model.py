@@ -32,7 +32,9 @@ from factory.block_shuffle import check_block_size
 from factory.classifier import ImageClassifier
 from factory.data import Splits
 from factory.decoys import DecoyPool
+from factory.keyed_transforms.key_ensemble import DeviceClassifier
 from factory.progress import Progress
+from factory.recipes.key_ensemble import KeyEnsemblePart
 from factory.recipes.recipe import RecipeSettings
 from factory.seeds import derive_seed
 from factory.train import Epoch, train
@@ -43,10 +45,14 @@ from keys.files import write_atomic
 
 @dataclass(frozen=True)
 class DeviceModel:
-    """A trained model with its adapter's digest, how it was trained, and when that was finished."""
+    """A trained model with its adapter's digest, how it was trained, and when that was finished.
+
+    Of an ensemble of keys the digest is over those of its members, their epochs follow one another, and parameters are
+    counted together.
+    """
 
     name: str
-    classifier: ImageClassifier
+    classifier: DeviceClassifier
     adapter_digest: str
     trainable_parameters: int
     history: tuple[Epoch, ...]
@@ -81,9 +87,12 @@ def make_device_model(
     """Fine-tune a copy of ``base`` on images shuffled by ``key`` (None: the un-keyed control).
 
     ``identity`` names the key without revealing it (fleet, device, generation). Everything lies in ``folder``:
-    ``adapter/``, the training checkpoint and ``model.json``, which says what the adapter was made from. In
-    ``shared`` lies what a recipe makes once for all of them.
+    ``adapter/``, the training checkpoint and ``model.json``, which says what the adapter was made from; of an ensemble
+    of keys each member has a folder of its own in it, ``key-1/``, ``key-2/`` and so on. In ``shared`` lies what a
+    recipe makes once for all devices.
     """
+    if recipe.keys is not None:
+        return _ensemble(base, key, recipe, recipe.keys, splits, name, identity, seed, folder, shared, progress)
     transform = keyed_transform(base, recipe, key)
     made_from = _fingerprint(base, recipe, splits, identity, seed)
     record, adapter = folder / "model.json", folder / "adapter"
@@ -112,6 +121,29 @@ def make_device_model(
     return DeviceModel(
         name, classifier.eval(), finished["adapter_digest"], finished["trainable_parameters"],
         tuple(Epoch(**entry) for entry in finished["history"]), _created(finished, record),
+    )  # fmt: skip
+
+
+def _ensemble(
+    base: Base, key: DeviceKey | None, recipe: RecipeSettings, part: KeyEnsemblePart, splits: Splits, name: str,
+    identity: Sequence[str | int], seed: int, folder: Path, shared: Path, progress: Progress,
+) -> DeviceModel:  # fmt: skip
+    """One model for each of the device's keys, made like any other; each goes on by itself after an interruption."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    members = [
+        make_device_model(
+            base, member_key, recipe.model_copy(update={"keys": None}), splits, name=f"{name} key {number}",
+            identity=[*identity, "key", number], seed=derive_seed(seed, "key", number), folder=folder / f"key-{number}",
+            shared=shared, progress=progress,
+        )
+        for number, member_key in enumerate(part.member_keys(key), start=1)
+    ]  # fmt: skip
+    classifier = part.build([member.classifier for member in members], key, base.architecture.contract.shape)
+    digests = "".join(f"{member.adapter_digest}\n" for member in members)
+    return DeviceModel(
+        name, classifier.eval(), hashlib.sha256(digests.encode()).hexdigest(),
+        sum(member.trainable_parameters for member in members),
+        tuple(epoch for member in members for epoch in member.history), max(member.created for member in members),
     )  # fmt: skip
 
 

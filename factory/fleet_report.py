@@ -45,6 +45,7 @@ from exporters.measured import NotMeasured
 from exporters.parity import Parity
 from factory.device_model import block_size, keyed_transform
 from factory.fleet import Findings, Fleet, Verdict
+from factory.keyed_transforms.key_ensemble import transform_of
 from factory.packaging import tool_versions
 from factory.release import release_rule
 from factory.verification import AttackedSource, attacks_of, strong_budget
@@ -122,10 +123,11 @@ def this_machine() -> Machine:
 
 
 def _target(fleet: Fleet, verdict: Verdict, base_clean: Proportion) -> TargetReport:
-    control = verdict.candidate.model.classifier.transform is None
+    control = transform_of(verdict.candidate.model.classifier) is None
     released = verdict.decision.released and not control
     recipe = fleet.settings.recipe
     keyed = "no key" if control else f"{recipe.transform.title} M = {block_size(fleet.base, recipe)}"
+    keyed += f", {recipe.keys.count} keys ({recipe.keys.combine})" if recipe.keys and not control else ""
     queries = verdict.examination.queries
     judgements = [verdict.judgement, *([] if queries is None else [queries.judgement])]
     adaptation = f"LoRA r = {recipe.rank}" if recipe.adaptation == "lora" else recipe.adaptation

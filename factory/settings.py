@@ -206,6 +206,8 @@ class FleetSettings(Section):
     def _adapters(self) -> FleetSettings:
         if self.export.adapters and self.recipe.adaptation != "lora":
             raise ValueError(f"export.adapters needs recipe.adaptation lora, not {self.recipe.adaptation}")
+        if self.export.adapters and self.recipe.keys is not None:
+            raise ValueError("export.adapters needs one key per device, not an ensemble as recipe.keys asks for")
         return self
 
     @property

@@ -83,11 +83,13 @@ def finetune_command(
         rows = []
         for device_id in chosen(fleet, devices):
             model, generation = train_device(fleet, device_id)
+            folder = fleet.folder.model(device_id)
             rows.append(
                 {
                     "device_id": device_id,
                     "generation": generation,
-                    "adapter": str(fleet.folder.model(device_id) / "adapter"),
+                    # Of an ensemble of keys each member's lies in a folder below.
+                    "adapter": str(folder if fleet.settings.recipe.keys else folder / "adapter"),
                     "adapter_digest": model.adapter_digest,
                     "trainable_parameters": model.trainable_parameters,
                     "validation_accuracy": model.history[-1].validation_accuracy,
