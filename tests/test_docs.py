@@ -30,6 +30,7 @@ from factory.settings import FleetSettings, parse
 from factory.studies.spec import (
     ArmSettings,
     CollusionSpec,
+    ConformitySpec,
     LocalizedSpec,
     Spec,
     Table1Spec,
@@ -136,7 +137,7 @@ def test_the_fleet_files_in_the_documents_are_read_and_are_equal() -> None:
 
 # Studies
 
-NESTED = ("data", "base", "lora_training", "full_training", "training", "arms")
+NESTED = ("data", "base", "lora_training", "full_training", "training", "arms", "surrogate", "surrogate_training")
 
 
 @pytest.mark.parametrize(
@@ -145,6 +146,7 @@ NESTED = ("data", "base", "lora_training", "full_training", "training", "arms")
         ("Settings of every study", Spec), ("An arm", ArmSettings), ("`table1`", Table1Spec),
         ("`collusion`", CollusionSpec), ("`whitebox`", WhiteboxSpec), ("`localized`", LocalizedSpec),
         ("`volumization`", VolumizationSpec), ("An arm of `volumization`", VolumizedArmSettings),
+        ("`conformity`", ConformitySpec),
     ],
 )  # fmt: skip
 def test_the_tables_of_a_spec_are_those_of_the_code(heading: str, model: type[BaseModel]) -> None:

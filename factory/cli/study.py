@@ -14,7 +14,8 @@ from factory.cli.options import Json, Quiet
 
 def study_command(
     name: Annotated[
-        str, typer.Argument(help="table1, collusion, whitebox, localized or volumization; with --spec, any name.")
+        str,
+        typer.Argument(help="table1, collusion, conformity, localized, volumization, whitebox; with --spec, any."),
     ],
     spec: Annotated[Path | None, typer.Option(help="A spec file (TOML or YAML) instead of the shipped one.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of all studies: models and attacks are shared.")] = (

@@ -26,12 +26,13 @@ EPSILON = 8 / 255
 IMAGES, QUERIES, POINTS = 48, 200, 15
 
 
-def canary_section(bench: Workbench, arms: Sequence[ArmSettings]) -> Section:
-    """Run the canaries on the first model of each arm; its black box is the arm's second model."""
+def canary_section(bench: Workbench, arms: Sequence[ArmSettings], black_box: Source | None = None) -> Section:
+    """Run the canaries on the first model of each arm; its black box is ``black_box``, or the arm's second model."""
     first = [bench.members(arm)[0] for arm in arms]
     rows: list[tuple[TableCell, ...]] = []
     for index, member in enumerate(first):
-        found = _canaries(bench, member, bench.members(arms[index])[1])
+        other = black_box or _second(bench.members(arms[index])[1])
+        found = _canaries(bench, member, other)
         for canary in found.results:
             if isinstance(canary.verdict, NotMeasured):
                 verdict: TableCell = canary.verdict
@@ -54,21 +55,24 @@ def canary_section(bench: Workbench, arms: Sequence[ArmSettings]) -> Section:
     return Section(title="Canaries", prose=(said,), blocks=(table, _surfaces(bench, first)))
 
 
-def _canaries(bench: Workbench, member: Member, other: Member) -> Canaries:
+def _second(member: Member) -> Source:
+    return Source(member.id, Threat.SIBLING_DEVICE, member.baked, "another model of the arm")
+
+
+def _canaries(bench: Workbench, member: Member, other: Source) -> Canaries:
     on = bench.images(at_most=IMAGES)
     square, strong = Square(queries=QUERIES), StrongBudget(steps=20, targets=2, images=IMAGES)
     key = content_key(
         member.baked, on.images, on.labels, "canaries", EPSILON, square.description, strong, bench.spec.seed,
-        other.model.adapter_digest,
+        content_key(other.model, on.images, on.labels),
     )  # fmt: skip
     path = bench.shared / "canaries" / f"{member.id}.json"
 
     def run() -> Canaries:
         work = 2 * len(on.images) * canary_cost(strong, square)
         with bench.progress.stage(f"canaries {member.id} (at most)", total=work, unit="gradients") as stage:
-            source = Source(other.id, Threat.SIBLING_DEVICE, other.baked, "another model of the arm")
             ball = Perturbation(Norm.LINF, EPSILON)
-            made = craft(source, [PGD(steps=10)], on.images, on.labels, perturbation=ball, seed=bench.spec.seed)
+            made = craft(other, [PGD(steps=10)], on.images, on.labels, perturbation=ball, seed=bench.spec.seed)
             return run_canaries(
                 member.baked, on.images, on.labels, epsilon=EPSILON, seed=bench.spec.seed, black_box=made.images,
                 square=square, source=member.id, strong=strong, progress=stage.advance,

@@ -10,8 +10,16 @@ from device_tests.report.study_document import StudyDocument
 from device_tests.report.study_render import write_study
 from factory.progress import Progress
 from factory.studies.collusion import collusion
+from factory.studies.conformity import conformity
 from factory.studies.localized import localized
-from factory.studies.spec import AnySpec, CollusionSpec, LocalizedSpec, Table1Spec, VolumizationSpec
+from factory.studies.spec import (
+    AnySpec,
+    CollusionSpec,
+    ConformitySpec,
+    LocalizedSpec,
+    Table1Spec,
+    VolumizationSpec,
+)
 from factory.studies.table1 import table1
 from factory.studies.volumization import open_volumization, volumization
 from factory.studies.volumized_arms import arm_trainer
@@ -37,6 +45,8 @@ def run_study(spec: AnySpec, name: str, out: Path, progress: Progress, command: 
             document = collusion(bench, spec, command)
         elif isinstance(spec, LocalizedSpec):
             document = localized(bench, spec, command)
+        elif isinstance(spec, ConformitySpec):
+            document = conformity(bench, spec, command)
         else:
             document = whitebox(bench, spec, command)
             shown = gallery_of(bench, spec, Perturbation.parse(spec.epsilon))

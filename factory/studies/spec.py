@@ -16,7 +16,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from device_tests.perturbation import Perturbation
-from factory.recipes.recipe import RecipeSettings
+from factory.recipes.adversarial_training import AdversarialTrainingPart
+from factory.recipes.cross_entropy import CrossEntropyPart
+from factory.recipes.recipe import Objective, RecipeSettings
 from factory.recipes.training import TrainingSettings
 from factory.section import Section
 from factory.settings import BaseSettings, DataSettings, read_fleet_file
@@ -87,7 +89,7 @@ class Spec(Section):
         if len(set(names)) < len(names):
             raise ValueError("two arms have one name")
         # Models of one recipe are the same models: under two names, each would be its own attacker.
-        recipes = [(arm.adaptation, arm.block_size, arm.reinitialise_patch_embedding) for arm in self.arms]
+        recipes = [(made.recipe, made.keyed) for made in map(self.arm, self.arms)]
         for first, second in itertools.combinations(range(len(names)), 2):
             if recipes[first] == recipes[second]:
                 raise ValueError(f"the arms {names[first]} and {names[second]} are one recipe; leave one of them out")
@@ -151,6 +153,44 @@ class LocalizedSpec(Spec):
     queries: int = Field(default=300, ge=10, description="per image, for the sparse random search")
     patch_steps: int = Field(default=200, ge=1)
     patch_images: int = Field(default=500, ge=1, description="training images that the universal patch is made on")
+
+
+class ConformityArm(ArmSettings):
+    """A row of the conformity study: also how it is trained, and in which tables it stands."""
+
+    models: int = Field(default=1, ge=1, description="further ones narrow the intervals; canaries take two")
+    objective: Objective = CrossEntropyPart()
+    adversarial: AdversarialTrainingPart | None = None
+    tables: tuple[Literal["training", "depths"], ...] = Field(
+        default=("training",), min_length=1, description="training (the paper's Tables 2, 3 and 6), depths (Table 7)"
+    )
+
+
+class ConformitySpec(Spec):
+    """The conformity-loss paper's Tables 2, 3, 6 and 7, with AutoAttack beside every attack."""
+
+    study: Literal["conformity"]
+    # Sections are frozen, so that a narrower type is sound.
+    arms: tuple[ConformityArm, ...] = Field(min_length=1)  # type: ignore[reportIncompatibleVariableOverride]
+    surrogate: BaseSettings = BaseSettings()
+    surrogate_training: TrainingSettings | None = Field(
+        default=None, description="how the surrogate is trained, in full, by cross-entropy; none: it is trained already"
+    )
+    epsilon: PerturbationText = "linf:0.3"
+    further: tuple[PerturbationText, ...] = Field(default=(), description="more balls, for the arms of Table 2")
+    carlini_wagner: PerturbationText = "l2:1.5"
+    carlini_wagner_constant: float = Field(default=10.0, gt=0, description="c, the initial trade-off")
+    carlini_wagner_steps: int = Field(default=100, ge=1, description="of each of three searches; 0.01 each")
+    autoattack_steps: int = Field(default=100, ge=1)
+    autoattack_targets: int = Field(default=9, ge=1)
+    autoattack_queries: int = Field(default=5000, ge=1)
+
+    def arm(self, settings: ArmSettings) -> Arm:
+        """The arm with its objective and its adversarial training."""
+        made = super().arm(settings)
+        assert isinstance(settings, ConformityArm)
+        changed = {"objective": settings.objective, "adversarial": settings.adversarial}
+        return Arm(made.name, made.recipe.model_copy(update=changed), made.keyed)
 
 
 PatchOrder = Literal["mutual-information", "kl", "entropy", "psnr", "max-norm", "joint-entropy", "mse", "raster", "key"]
@@ -221,7 +261,7 @@ def _ascends(values: tuple[float, ...]) -> bool:
     return len(values) > 0 and all(first < second for first, second in itertools.pairwise(values))
 
 
-AnySpec = Table1Spec | CollusionSpec | WhiteboxSpec | LocalizedSpec | VolumizationSpec
+AnySpec = Table1Spec | CollusionSpec | WhiteboxSpec | LocalizedSpec | ConformitySpec | VolumizationSpec
 _READER: TypeAdapter[AnySpec] = TypeAdapter(Annotated[AnySpec, Field(discriminator="study")])
 
 

@@ -32,6 +32,7 @@ class Member:
     index: int
     model: DeviceModel
     baked: nn.Module
+    folder: Path
 
 
 class Zoo:
@@ -47,14 +48,14 @@ class Zoo:
         known = self._members.get((digest, index))
         if known is None:
             name = f"{arm.name}-{index}"
+            folder = self.folder / f"{name}-{digest[:8]}"
             model = make_device_model(
                 self.base, fixed_guess(f"study-{index}") if arm.keyed else None, arm.recipe, self.splits, name=name,
                 identity=["study", "keyed" if arm.keyed else "un-keyed", index],
-                seed=derive_seed(self.seed, "study", index), folder=self.folder / f"{name}-{digest[:8]}",
-                shared=self.folder / "shared",
+                seed=derive_seed(self.seed, "study", index), folder=folder, shared=self.folder / "shared",
                 progress=self.progress,
             )  # fmt: skip
-            known = Member(name, arm, index, model, bake(model.classifier))
+            known = Member(name, arm, index, model, bake(model.classifier), folder)
             self._members[digest, index] = known
         return known
 
