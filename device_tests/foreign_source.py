@@ -178,7 +178,7 @@ def _python_source(text: str, contract: InputContract, classes: int, probes: np.
 
 
 def _onnx_source(path: Path, contract: InputContract, classes: int, probes: np.ndarray, threat: Threat) -> Source:
-    data = _read(path)
+    data = read_onnx(path)
     digest = hashlib.sha256(data)
     runtime = OnnxFile(data, str(path))
     _check_shape(runtime, contract)
@@ -218,7 +218,8 @@ def _converted(data: bytes, digest: bytes, probes: np.ndarray, answers: np.ndarr
     return model if missing is None else missing
 
 
-def _read(path: Path) -> bytes:
+def read_onnx(path: Path) -> bytes:
+    """The bytes of an ONNX file with all of its weights inside; raises :class:`InputError` for anything else."""
     try:
         size = path.stat().st_size
         if size >= _LARGEST_ONNX:

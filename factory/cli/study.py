@@ -15,7 +15,9 @@ from factory.cli.options import Json, Quiet
 def study_command(
     name: Annotated[
         str,
-        typer.Argument(help="table1, collusion, conformity, localized, volumization, whitebox; with --spec, any."),
+        typer.Argument(
+            help="table1, collusion, conformity, localized, purifier, volumization, whitebox; with --spec, any."
+        ),
     ],
     spec: Annotated[Path | None, typer.Option(help="A spec file (TOML or YAML) instead of the shipped one.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of all studies: models and attacks are shared.")] = (
@@ -39,7 +41,7 @@ def study_command(
     from factory.studies.spec import read_spec
 
     settings = read_spec(name, spec, {"images": images, "seed": seed})
-    models = ", ".join(f"{arm.models} × {arm.name}" for arm in settings.arms)
+    models = ", ".join(f"{arm.models} × {arm.name}" for arm in settings.arms) or "the public base"
     if not quiet:
         typer.echo(f"Study {name} in {out}: {models}; what is there is kept.", err=True)
     # After that line, because torch takes its time to load.

@@ -12,11 +12,13 @@ from factory.progress import Progress
 from factory.studies.collusion import collusion
 from factory.studies.conformity import conformity
 from factory.studies.localized import localized
+from factory.studies.purifier import purifier_study
 from factory.studies.spec import (
     AnySpec,
     CollusionSpec,
     ConformitySpec,
     LocalizedSpec,
+    PurifierSpec,
     Table1Spec,
     VolumizationSpec,
 )
@@ -47,6 +49,8 @@ def run_study(spec: AnySpec, name: str, out: Path, progress: Progress, command: 
             document = localized(bench, spec, command)
         elif isinstance(spec, ConformitySpec):
             document = conformity(bench, spec, command)
+        elif isinstance(spec, PurifierSpec):
+            document, galleries = purifier_study(bench, spec, command)
         else:
             document = whitebox(bench, spec, command)
             shown = gallery_of(bench, spec, Perturbation.parse(spec.epsilon))

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from device_tests.perturbation import Perturbation
+from factory.purifier.settings import PurifierSettings
 from factory.recipes.adversarial_training import AdversarialTrainingPart
 from factory.recipes.cross_entropy import CrossEntropyPart
 from factory.recipes.recipe import Objective, RecipeSettings
@@ -155,6 +156,22 @@ class LocalizedSpec(Spec):
     patch_images: int = Field(default=500, ge=1, description="training images that the universal patch is made on")
 
 
+class PurifierSpec(Spec):
+    """The deep-image-prior purifier in front of the base, and of the first model of each arm."""
+
+    study: Literal["purifier"]
+    arms: tuple[ArmSettings, ...] = Field(default=(), description="the base alone, unless there are some")
+    perturbation: PerturbationText = "linf:8/255"
+    purifier: PurifierSettings = PurifierSettings()
+    attack_steps: int = Field(default=20, ge=1, description="of PGD")
+    aware_images: int = Field(default=8, ge=1, description="images of BPDA, the first ones")
+    aware_steps: int = Field(default=10, ge=1)
+    aware_samples: int = Field(default=2, ge=1, description="seeds of the purifier for each of its steps")
+    aware_batch: int = Field(default=4, ge=1, description="images attacked and kept at a time")
+    jpeg_quality: int = Field(default=75, ge=1, le=95)
+    tv_weight: float = Field(default=0.1, gt=0)
+
+
 class ConformityArm(ArmSettings):
     """A row of the conformity study: also how it is trained, and in which tables it stands."""
 
@@ -261,7 +278,7 @@ def _ascends(values: tuple[float, ...]) -> bool:
     return len(values) > 0 and all(first < second for first, second in itertools.pairwise(values))
 
 
-AnySpec = Table1Spec | CollusionSpec | WhiteboxSpec | LocalizedSpec | ConformitySpec | VolumizationSpec
+AnySpec = Table1Spec | CollusionSpec | WhiteboxSpec | LocalizedSpec | PurifierSpec | ConformitySpec | VolumizationSpec
 _READER: TypeAdapter[AnySpec] = TypeAdapter(Annotated[AnySpec, Field(discriminator="study")])
 
 
