@@ -35,7 +35,7 @@ class PurifierSettings:
 
     steps: int = 150
     learning_rate: float = 0.01
-    width: int = 16
+    width: int = 8
     scales: int = 2
     every: int = 10
     seed: int = 0
