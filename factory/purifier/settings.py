@@ -43,7 +43,7 @@ class PurifierSettings:
     stable: int = 2
     bisections: int = 8
     push: float = 0.5
-    neighbours: int = 2
+    neighbours: int = 1
     patch: int = 8
     batch: int = 16
 

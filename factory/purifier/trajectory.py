@@ -35,7 +35,7 @@ CHECKPOINT_EVERY = 100
 
 _FORMAT = "1"
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8
-_SMALLEST_LIMIT = 0.02  # squared error: an image near the untrained network's grey starts far below it
+_SMALLEST_LIMIT = 0.02  # squared error: a flat image, or one near the untrained network's grey, has none to lose
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +107,7 @@ def reconstruct(
         if checkpoint is not None and (state.step % CHECKPOINT_EVERY == 0 or state.step == settings.steps):
             state.write(checkpoint, key)
     found, errors = torch.stack(state.images), torch.stack(state.errors)
-    return Reconstructions(settings.kept_steps, found, errors, _diverged(settings, errors, state.start))
+    return Reconstructions(settings.kept_steps, found, errors, _diverged(settings, errors, images, state.start))
 
 
 def judged(reconstructions: Reconstructions, classifier: Classifier) -> Trajectory:
@@ -192,8 +192,8 @@ class _State:
         return None
 
 
-def _diverged(settings: PurifierSettings, errors: Tensor, start: Tensor | None) -> dict[int, str]:
-    """Images whose error is no number, or at its end above that of the untrained network."""
+def _diverged(settings: PurifierSettings, errors: Tensor, images: Tensor, start: Tensor | None) -> dict[int, str]:
+    """Images whose error is no number, or at its end above that of the untrained network or of a flat picture."""
     found: dict[int, str] = {}
     for index in range(errors.shape[1]):
         own = errors[:, index]
@@ -201,10 +201,12 @@ def _diverged(settings: PurifierSettings, errors: Tensor, start: Tensor | None) 
         if len(broken):
             found[index] = f"its error is no finite number at step {settings.kept_steps[int(broken[0])]}"
         elif start is not None:
-            limit = max(float(start[index]), _SMALLEST_LIMIT)
+            first, flat = float(start[index]), float(images[index].var(dim=(1, 2)).mean())
             last = float(own[-max(1, len(own) // 4) :].mean())
-            if last > limit:
-                found[index] = f"its mean squared error grew from {float(start[index]):.3g} to {last:.3g}"
+            if last > max(min(first, flat), _SMALLEST_LIMIT):
+                found[index] = (
+                    f"its mean squared error went from {first:.3g} to {last:.3g}, and a flat picture has {flat:.3g}"
+                )
     return found
 
 

@@ -168,8 +168,8 @@ class PurifierSpec(Spec):
     aware_steps: int = Field(default=10, ge=1)
     aware_samples: int = Field(default=2, ge=1, description="seeds of the purifier for each of its steps")
     aware_batch: int = Field(default=4, ge=1, description="images attacked and kept at a time")
-    jpeg_quality: int = Field(default=75, ge=1, le=95)
-    tv_weight: float = Field(default=0.1, gt=0)
+    jpeg_quality: int = Field(default=20, ge=1, le=95)
+    tv_weight: float = Field(default=0.08, gt=0)
 
 
 class ConformityArm(ArmSettings):
