@@ -193,7 +193,7 @@ class _State:
 
 
 def _diverged(settings: PurifierSettings, errors: Tensor, images: Tensor, start: Tensor | None) -> dict[int, str]:
-    """Images whose error is no number, or at its end above that of the untrained network or of a flat picture."""
+    """Images whose error is no number, or ends above that of a flat picture and does not fall."""
     found: dict[int, str] = {}
     for index in range(errors.shape[1]):
         own = errors[:, index]
@@ -203,7 +203,9 @@ def _diverged(settings: PurifierSettings, errors: Tensor, images: Tensor, start:
         elif start is not None:
             first, flat = float(start[index]), float(images[index].var(dim=(1, 2)).mean())
             last = float(own[-max(1, len(own) // 4) :].mean())
-            if last > max(min(first, flat), _SMALLEST_LIMIT):
+            # A short run may not be there yet; one that has lost its way does not come nearer any more.
+            stuck = len(own) > 1 and abs(float(own[-1] - own[-2])) < 1e-3 * last
+            if last > max(min(first, flat), _SMALLEST_LIMIT) and (last > first / 2 or stuck):
                 found[index] = (
                     f"its mean squared error went from {first:.3g} to {last:.3g}, and a flat picture has {flat:.3g}"
                 )
