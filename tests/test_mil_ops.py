@@ -57,8 +57,17 @@ def layer(name: str, operators: str, module: nn.Module, *shapes: tuple[int, ...]
 TWO = ((1, 3, 4), (1, 3, 4))
 ROW = (1, 6, 8)
 IMAGE = (1, 4, 8, 8)
+VOLUME = (1, 4, 5, 7, 6)
 INDICES = torch.tensor([3, 0, 2])
 LOOKED_UP = torch.tensor([5.0, -1.0, 0.5, 3.0, 8.0, 2.0, 7.0, 1.0])
+TABLE = torch.arange(10) ** 2
+CUBE = torch.arange(3 * 6 * 2).reshape(3, 6, 2).float()
+
+
+def whole(x: Tensor) -> Tensor:
+    return (10 * x).floor().to(torch.int32)
+
+
 CASES = [
     case("arithmetic", "add sub mul real_div", lambda x, y: (x + y) * (x - y) / (y + 3), *TWO),
     case("broadcast by rank", "add mul", lambda x, y: x * y + y, (1, 2, 3, 4), (3, 4)),
@@ -93,6 +102,21 @@ CASES = [
     layer("layer norm, two axes", "layer_norm", nn.LayerNorm((6, 8)), ROW),
     layer("layer norm, no weights", "layer_norm", nn.LayerNorm(8, elementwise_affine=False), ROW),
     layer("max pool", "max_pool", nn.MaxPool2d(3, stride=2, padding=1), IMAGE),
+    layer("conv 3-D", "conv", nn.Conv3d(4, 6, 3, padding=1), VOLUME),
+    layer("conv 3-D, deep and odd", "conv", nn.Conv3d(4, 6, (4, 3, 2), (1, 2, 1), (2, 1, 0), bias=False), VOLUME),
+    layer("conv 3-D, depthwise", "conv", nn.Conv3d(4, 4, (3, 3, 1), groups=4, dilation=(1, 2, 1)), VOLUME),
+    layer("batch norm 3-D", "batch_norm", nn.Sequential(nn.ReLU(), nn.BatchNorm3d(4)), VOLUME),
+    layer("max pool 3-D", "max_pool", nn.MaxPool3d((3, 2, 2), (1, 2, 2), (1, 0, 0)), VOLUME),
+    case("whole numbers", "floor_div cast", lambda x: whole(x) // 7 * 1.0, ROW),
+    case("rounding to even", "round", lambda x: (2 * x).round() + (x * 0 + 2.5).round(), ROW),
+    case("log of sum of exponentials", "reduce_log_sum_exp", lambda x: (90 * x).logsumexp((1, 2)), ROW),
+    case("minimum", "reduce_min", lambda x: x.amin(1, keepdim=True), ROW),
+    case("sorting", "argsort gather_along_axis", lambda x: x.gather(1, x.argsort(1)), ROW),
+    case("sorting whole numbers", "argsort", lambda x: (whole(x) * 8 + torch.arange(8)).argsort(2).float(), ROW),
+    case("largest", "topk", lambda x: torch.cat([x.topk(3, 1)[0], x.topk(2, 1, False)[1].float()], 1), ROW),
+    case("marks", "one_hot", lambda x: F.one_hot(whole(x).long().clamp(0, 4), 5) * 2.0, ROW),
+    case("extremes", "reduce_argmax reduce_argmin", lambda x: (x.argmax(1) * 9 + x.argmin(-1).sum()) * 1.0, ROW),
+    case("looked up", "gather", lambda x: TABLE.index_select(0, whole(x).clamp(0, 9).flatten()) * 1.0, ROW),
     case("pad", "pad", lambda x: F.pad(x, (1, 2, 0, 3), value=0.5), IMAGE),
     case("mean, kept", "reduce_mean", lambda x: x.mean(1, keepdim=True), ROW),
     case("mean of two", "reduce_mean", lambda x: x.mean((2, 3)), IMAGE),
@@ -325,6 +349,7 @@ BUILT = [
         lambda x: (x.abs() + 0.5).rsqrt() + (x.abs() + 0.25).log(),
         ODD,
     ),
+    built("remainders", "mod", lambda mb, x: mb.mod(x=mb.mul(x=x, y=4.0), y=1.5), lambda x: (4 * x) % 1.5, ODD),
     built("squares of negative", "pow", lambda mb, x: mb.pow(x=x, y=2.0), lambda x: x**2, ODD),
     built("softmax of one", "softmax", lambda mb, x: mb.softmax(x=x, axis=-3), lambda x: x.softmax(1), ODD),
     built("softmax, first axis", "softmax", lambda mb, x: mb.softmax(x=x, axis=0), lambda x: x.softmax(0), ODD),
@@ -481,6 +506,81 @@ BUILT = [
         lambda x: x.gather(2, torch.from_numpy(PLACES)[:, :, None]),
         WIDE,
         target=17,
+    ),
+    *(
+        built(
+            f"argsort of ties, {'up' if ascending else 'down'}",
+            "argsort",
+            lambda mb, x, up=ascending: mb.cast(x=mb.argsort(x=mb.floor(x=x), axis=-2, ascending=up), dtype="fp32"),
+            lambda x, up=ascending: x.floor().argsort(dim=1, descending=not up, stable=True).float(),
+            WIDE,
+        )
+        for ascending in (True, False)
+    ),
+    built(
+        "topk, first axis, values alone",
+        "topk",
+        lambda mb, x: mb.topk(x=x, k=1, axis=0, ascending=True, return_indices=False, sort=True),
+        lambda x: x.sort(0).values[:1],
+        WIDE,
+        target=17,
+    ),
+    built(
+        "topk, places of 16 bits",
+        "topk",
+        lambda mb, x: mb.cast(
+            x=mb.cast(x=mb.topk(x=x, k=4, axis=-1, output_indices_dtype="uint16")[1], dtype="int32"), dtype="fp32"
+        ),
+        lambda x: x.topk(4, -1).indices.float(),
+        WIDE,
+        target=17,
+    ),
+    built(
+        "one hot, an axis in front, other values",
+        "one_hot",
+        lambda mb, x: mb.one_hot(
+            indices=mb.cast(x=mb.abs(x=mb.mul(x=x, y=2.0)), dtype="int32"),
+            one_hot_vector_size=4,
+            axis=-3,
+            on_value=2.5,
+            off_value=-1.0,
+        ),
+        lambda x: torch.where((2 * x.abs()).int().unsqueeze(1) == torch.arange(4).view(4, 1, 1), 2.5, -1.0),
+        WIDE,
+    ),
+    *(
+        built(
+            f"{name}, kept, iOS {target}",
+            name,
+            lambda mb, x, name=name, more=more: mb.cast(
+                x=getattr(mb, name)(x=x, axis=-2, keep_dims=True, **more), dtype="fp32"
+            ),
+            lambda x, name=name: getattr(torch, name.removeprefix("reduce_"))(x, 1, keepdim=True).float(),
+            WIDE,
+            target=target,
+        )
+        for name in ("reduce_argmax", "reduce_argmin")
+        for target, more in ((16, {}), (17, {"output_dtype": "uint16"}))
+    ),
+    *(
+        built(
+            f"gather at places from the image, {kind}",
+            "gather",
+            lambda mb, x, y, axis=axis: mb.gather(
+                x=x, indices=mb.cast(x=mb.abs(x=y), dtype="int32"), axis=axis
+            ),
+            lambda x, y, axis=axis: x.index_select(axis, y.abs().int()),
+            (6, 5, 7),
+            (4,),
+        )
+        for kind, axis in (("first axis", 0), ("last axis", 2))
+    ),
+    built(
+        "gather from a table at places from the image",
+        "gather",
+        lambda mb, x: mb.gather(x=CUBE.numpy(), indices=mb.cast(x=mb.abs(x=x), dtype="int32"), axis=1),
+        lambda x: CUBE[:, x.abs().int()],
+        (4, 2),
     ),
     built("tile odd", "tile", lambda mb, x: mb.tile(x=x, reps=[2, 1, 3]), lambda x: x.repeat(2, 1, 3), WIDE),
     built(

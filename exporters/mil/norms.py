@@ -63,7 +63,16 @@ def _l2_norm(x: np.ndarray, axis: tuple[int, ...], keepdims: bool) -> np.ndarray
     return np.sqrt(np.square(x).sum(axis=axis, keepdims=keepdims))
 
 
+def _log_sum_exp(x: np.ndarray, axis: tuple[int, ...], keepdims: bool) -> np.ndarray:
+    # Less the largest value first, so that the exponentials do not overflow.
+    largest = x.max(axis=axis, keepdims=True)
+    total = np.log(np.exp(x - largest).sum(axis=axis, keepdims=True)) + largest
+    return total if keepdims else total.squeeze(axis)
+
+
 _reduction("reduce_mean", np.mean)
 _reduction("reduce_sum", np.sum)
 _reduction("reduce_max", np.max, moves=True)
+_reduction("reduce_min", np.min, moves=True)
+_reduction("reduce_log_sum_exp", _log_sum_exp)
 _reduction("reduce_l2_norm", _l2_norm)

@@ -88,47 +88,6 @@ def _slice_by_index(call: Call) -> np.ndarray:
     return x[tuple(index)]
 
 
-@operator("gather", "x indices axis batch_dims validate_indices", moves=True)
-def _gather(call: Call) -> np.ndarray:
-    if call.integer("batch_dims", 0) != 0:
-        raise call.unknown("gathers by batches")
-    x = call.tensor("x")
-    axis = call.axis("axis", x.ndim - 1, default=0)
-    if call.values["indices"][0].per_image:
-        return _looked_up(call, x, axis)
-    indices = call.constant("indices")
-    _check_indices(call, indices, x.shape[axis])
-    call.expect((*x.shape[1:axis], *indices.shape, *x.shape[axis + 1 :]))
-    return np.take(x, indices, axis)
-
-
-def _looked_up(call: Call, x: np.ndarray, axis: int) -> np.ndarray:
-    """Values of one table for all images, at places that each image decides."""
-    if axis != 1 or call.values["x"][0].per_image:
-        raise call.unknown("takes 'indices' from the image, and not of the first axis of a constant")
-    indices = call.tensor("indices")
-    _check_indices(call, indices, x.shape[1])
-    call.expect((*indices.shape[1:], *x.shape[2:]))
-    return x[0][indices]
-
-
-@operator("gather_along_axis", "x indices axis validate_indices", moves=True)
-def _gather_along_axis(call: Call) -> np.ndarray:
-    x, indices = side_by_side([call.tensor("x"), call.tensor("indices")])
-    axis = call.axis("axis", x.ndim - 1, default=0)
-    _check_indices(call, indices, x.shape[axis])
-    # NumPy takes signed numbers only where it may have to count from the end.
-    return np.take_along_axis(x, indices.astype(np.int64), axis)
-
-
-def _check_indices(call: Call, indices: np.ndarray, length: int) -> None:
-    """Refuse what the program's version of Core ML leaves undefined: from iOS 17 on negative indices too."""
-    lowest = -length if call.target < 17 else 0
-    if indices.size and not lowest <= int(indices.min()) <= int(indices.max()) < length:
-        worst = int(indices.min()) if int(indices.min()) < lowest else int(indices.max())
-        raise call.unknown(f"takes place {worst} of {length}, which is undefined in iOS {call.target}")
-
-
 @operator("tile", "x reps", moves=True)
 def _tile(call: Call) -> np.ndarray:
     x, times = call.tensor("x"), call.integers("reps")
