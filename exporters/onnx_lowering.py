@@ -40,7 +40,7 @@ def lower_to_17(model: onnx.ModelProto) -> None:
                 f"This model cannot be expressed in ONNX opset 17: its operator {node.op_type!r} needs 18; "
                 "choose opset 18 or newer."
             )
-    _drop_unused(graph)
+    drop_unused(graph)
     for entry in model.opset_import:
         if not entry.domain:
             entry.version = 17
@@ -65,8 +65,8 @@ def _axes_to_attribute(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto]) 
     node.attribute.append(onnx.helper.make_attribute("axes", [int(axis) for axis in axes]))
 
 
-def _drop_unused(graph: onnx.GraphProto) -> None:
-    """Remove the operators that only made axes."""
+def drop_unused(graph: onnx.GraphProto) -> None:
+    """Remove the operators whose results nothing needs."""
     used = {value.name for value in graph.output}
     kept: list[onnx.NodeProto] = []
     for node in reversed(graph.node):

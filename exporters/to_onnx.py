@@ -26,6 +26,7 @@ from torch import nn
 from exporters.checks import check_module, named_tensors
 from exporters.contract import InputContract
 from exporters.formats import OPSET, OPSETS
+from exporters.onnx_bias import drop_made_biases
 from exporters.onnx_lowering import lower_to_17
 from exporters.quiet import quiet
 from keys.errors import InputError
@@ -71,6 +72,7 @@ def export_onnx(
         )
     model = _convert(module, contract, max(opset, _OLDEST_OF_TORCH), batch)
     _strip_source(model)
+    drop_made_biases(model)
     if opset < _OLDEST_OF_TORCH:
         lower_to_17(model)
     model.ir_version = onnx.helper.find_min_ir_version_for(list(model.opset_import))
