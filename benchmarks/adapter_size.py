@@ -30,7 +30,7 @@ from exporters.onnx_file import stored_tensors
 from exporters.package import digest_folder, open_package, sign_package
 from factory.adaptation import adapt
 from factory.adapter_package import export_adapter_package, export_base_package, sizes_of
-from factory.base import Base, build_vit, timm_architecture
+from factory.base import Base, build_network, timm_architecture
 from factory.classifier import ImageClassifier
 from factory.device_model import keyed_transform
 from factory.folding import bake
@@ -47,7 +47,7 @@ FLEET = "0" * 16
 def measured(name: str, classes: int, rank: int) -> dict[str, Any]:
     """The packages of one device of a base with ``classes`` classes, made and put together."""
     architecture = timm_architecture(name, tuple(f"class {index}" for index in range(classes)), None)
-    base = Base(architecture, build_vit(architecture))
+    base = Base(architecture, build_network(architecture))
     recipe = RecipeSettings(rank=rank, alpha=float(rank))
     model = _model(base, recipe)
     quiet, key = Progress(quiet=True), SigningKey(bytes(32))

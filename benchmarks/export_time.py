@@ -30,7 +30,7 @@ from benchmarks.rounds import interleaved, seconds, table, wall_ratio, write_rec
 from exporters.export import ExportPlan, Templates, export
 from exporters.manifest import Manifest, utc_text
 from exporters.package import write_package
-from factory.base import Base, build_vit, timm_architecture
+from factory.base import Base, build_network, timm_architecture
 from factory.classifier import ImageClassifier
 from factory.device_model import keyed_transform
 from factory.folding import bake
@@ -47,7 +47,7 @@ CREATED = datetime(2030, 1, 31, 12, 0, 0, tzinfo=UTC)
 def device(name: str, base_name: str, size: int | None, seed: int) -> tuple[Base, nn.Module]:
     """A baked model under the public key that is guessed for ``name``, with random weights from ``seed``."""
     architecture = timm_architecture(base_name, tuple(f"class-{index}" for index in range(10)), size)
-    base = Base(architecture, build_vit(architecture, seed=seed))
+    base = Base(architecture, build_network(architecture, seed=seed))
     shuffle = keyed_transform(base, RecipeSettings(), fixed_guess(name))
     return base, bake(ImageClassifier(base.network, architecture.mean, architecture.std, shuffle))
 

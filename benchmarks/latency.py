@@ -25,7 +25,7 @@ from benchmarks.rounds import table, write_record
 from exporters.onnx_precision import to_fp16, to_int8, to_int8_static
 from exporters.run_onnx import OnnxRuntime
 from exporters.to_onnx import export_onnx
-from factory.base import Base, build_vit, timm_architecture
+from factory.base import Base, build_network, timm_architecture
 from factory.classifier import ImageClassifier
 from factory.device_model import keyed_transform
 from factory.folding import bake
@@ -40,7 +40,7 @@ _CALIBRATION, _COMPARED, _RESAMPLED = 32, 16, 2000
 def files(base_name: str, size: int | None, classes: int, seed: int) -> tuple[dict[str, bytes], tuple[int, int, int]]:
     """The ONNX files, by what they are, and the shape of an image."""
     architecture = timm_architecture(base_name, tuple(f"class-{index}" for index in range(classes)), size)
-    base = Base(architecture, build_vit(architecture, seed=seed))
+    base = Base(architecture, build_network(architecture, seed=seed))
     key, made = fixed_guess("latency"), {}
     for name, block_size in ((PLAIN, None), (FOLDED, base.patch_size), (GATHERED, 2 * base.patch_size)):
         shuffle = None if block_size is None else keyed_transform(base, RecipeSettings(block_size=block_size), key)

@@ -33,7 +33,9 @@ from exporters.run_torch import TorchRuntime
 from exporters.runtime import Runtime
 from exporters.to_coreml import Precision, Target, export_coreml
 from exporters.to_onnx import export_onnx
-from factory.vits import checked_vit
+from factory.base import timm_architecture
+from factory.networks import traits
+from factory.recipes.recipe import ADAPTATION_NEEDS
 from keys.errors import InputError
 
 LABELS = tuple(f"class {index}" for index in range(10))
@@ -43,7 +45,7 @@ COREML: tuple[tuple[Precision, Target], ...] = (
 )  # fmt: skip
 COLUMNS = (
     "model", "what it stands for", "images", "ONNX 20", "ONNX 17, 22",
-    *(f"Core ML {precision} {target}" for precision, target in COREML), "keyed base",
+    *(f"Core ML {precision} {target}" for precision, target in COREML), "adaptations as a base",
 )  # fmt: skip
 
 
@@ -97,8 +99,8 @@ def build(row: Row) -> nn.Module:
     """The row's model in evaluation mode; every parameter is random, also those that start at zero or one."""
     set_fused_attn(False)
     torch.manual_seed(SEED)
-    size = {} if row.name.startswith("resnet") else {"img_size": row.size}
-    model = timm.create_model(row.name, num_classes=len(LABELS), **size, **row.arguments).eval()
+    architecture = timm_architecture(row.name, LABELS, row.size, row.arguments)
+    model = timm.create_model(row.name, num_classes=len(LABELS), **architecture.arguments).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -141,16 +143,13 @@ def cells(row: Row, folder: Path) -> list[str]:
 
     others = f"{onnx(17)}, {onnx(22)}" if row.all_opsets else "not measured"
     exports = [onnx(20), others, *(coreml(*kind) for kind in COREML)]
-    return [f"`{row.name}`", row.what, f"{row.size}", *exports, keyed(row.name, model)]
+    return [f"`{row.name}`", row.what, f"{row.size}", *exports, keyed(model)]
 
 
-def keyed(name: str, model: nn.Module) -> str:
-    """Whether the model can be a keyed base, or what it lacks."""
-    try:
-        checked_vit(name, model)
-    except InputError as error:
-        return "no: " + str(error).split(": ", 1)[1].split(". Keyed recipes", 1)[0]
-    return "yes"
+def keyed(model: nn.Module) -> str:
+    """Which adaptations the model can take as a base."""
+    found = traits(model)
+    return ", ".join(name for name, needs in ADAPTATION_NEEDS.items() if found.issuperset(needs))
 
 
 def versions() -> str:

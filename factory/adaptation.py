@@ -2,13 +2,17 @@
 
 The paper puts LoRA on the patch embedding and on every qkv (here also on q, k and v where they are separate), and
 trains the head in full (Section IV-C). Its figure of 1.38 M trainable parameters (Table II) is ViT-B/16 with r = 16
-and 1,000 classes.
+and 1,000 classes. Patch embedding and head are what its [67] trains of a ConvMixer.
+
+The running statistics of batch norms follow the training images in every mode, also where their weights are frozen:
+the activations behind a new patch embedding are others than the base's. They are part of what was trained.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,7 +22,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from factory.low_rank_layers import merge_low_rank
-from factory.recipes.recipe import RecipeSettings
+from factory.networks import embedding_convolution, patch_embedding, running_statistics, traits
+from factory.recipes.recipe import RecipeSettings, check_recipe
 from factory.vits import KeyedVit, attention_projections, heads
 from keys.errors import InputError
 from keys.files import folder_being_written, sha256_file, write_atomic
@@ -27,34 +32,37 @@ _WEIGHTS = "adapter_model.safetensors"
 _LEARNED = "objective.safetensors"
 
 
-def adapt(vit: KeyedVit, recipe: RecipeSettings) -> nn.Module:
-    """A copy of ``vit`` in which exactly the recipe's parameters require gradients.
+def adapt(network: nn.Module, recipe: RecipeSettings) -> nn.Module:
+    """A copy of ``network`` in which exactly the recipe's parameters require gradients.
 
-    A re-initialised patch embedding is drawn from torch's global generator, and trained in full.
+    A re-initialised patch embedding is drawn from torch's global generator, and trained in full. Raises InputError if
+    the network lacks what the recipe needs.
     """
-    model = copy.deepcopy(vit)
+    check_recipe(recipe, traits(network), f"a {type(network).__name__}")
+    model = copy.deepcopy(network)
+    embedding = patch_embedding(model)
     if recipe.reinitialise_patch_embedding:
-        projection = model.patch_embed.proj
-        assert isinstance(projection, nn.Conv2d)
-        projection.reset_parameters()
+        embedding_convolution(model).reset_parameters()
     if recipe.adaptation == "lora":
+        assert isinstance(network, KeyedVit)
+        assert embedding is not None
         return get_peft_model(
             model,  # type: ignore[arg-type] – peft takes any module, its annotation says transformers' only
             LoraConfig(
                 r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout,  # type: ignore[arg-type]
-                target_modules=_targets(vit, recipe),
-                modules_to_save=[*heads(vit), *(["patch_embed.proj"] if recipe.reinitialise_patch_embedding else [])],
+                target_modules=_targets(network, embedding, recipe),
+                modules_to_save=[*heads(network), *([embedding] if recipe.reinitialise_patch_embedding else [])],
             ),
         )  # fmt: skip
-    trained = tuple(f"{name}." for name in ("patch_embed.proj", *heads(vit)))
+    trained = tuple(f"{name}." for name in (embedding, *heads(network)))
     for name, parameter in model.named_parameters():
         parameter.requires_grad = recipe.adaptation == "full" or name.startswith(trained)
     return model
 
 
-def _targets(vit: KeyedVit, recipe: RecipeSettings) -> str:
+def _targets(vit: KeyedVit, embedding: str, recipe: RecipeSettings) -> str:
     """The pattern of the layers that get LoRA: attention projections, and the patch embedding unless it is new."""
-    layers = [] if recipe.reinitialise_patch_embedding else [r"patch_embed\.proj"]
+    layers = [] if recipe.reinitialise_patch_embedding else [re.escape(embedding)]
     layers += [rf"attn\.{name}" for name in attention_projections(vit)]
     return r"(.*\.)?" + (layers[0] if len(layers) == 1 else f"({'|'.join(layers)})")
 
@@ -64,8 +72,8 @@ def trainable_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def merge(model: nn.Module) -> KeyedVit:
-    """A plain timm ViT with the adapter merged into its weights; ``model`` itself is left as it is.
+def merge(model: nn.Module) -> nn.Module:
+    """The plain timm network with the adapter merged into its weights; ``model`` itself is left as it is.
 
     LoRA is merged by :mod:`exporters.low_rank`, so that a device can merge to the same bits.
     """
@@ -73,16 +81,16 @@ def merge(model: nn.Module) -> KeyedVit:
     if isinstance(merged, PeftModel):
         merge_low_rank(merged)
         merged = merged.unload()
-    assert isinstance(merged, KeyedVit)
     for parameter in merged.parameters():
         parameter.requires_grad = False
     return merged.eval()
 
 
 def save_adapter(model: nn.Module, folder: Path, learned: Mapping[str, Tensor] | None = None) -> None:
-    """Save what was trained: peft's own format for LoRA, the trained tensors alone for the other modes.
+    """Save what was trained: peft's own format for LoRA; for the other modes the trained tensors alone.
 
-    ``learned``: the parameters of the objective by name, kept in a file beside them if there are any.
+    Those are the parameters that require gradients, and the running statistics of all batch norms. ``learned``: the
+    parameters of the objective by name, kept in a file beside them if there are any.
     """
     with folder_being_written(folder) as temporary:
         temporary.chmod(0o700)  # an adapter gives its device away, as the device's weights do
@@ -90,7 +98,7 @@ def save_adapter(model: nn.Module, folder: Path, learned: Mapping[str, Tensor] |
             model.save_pretrained(str(temporary))
             (temporary / "README.md").unlink()  # an empty template
         else:
-            trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+            trained = {name: tensor.detach().contiguous() for name, tensor in _trained(model).items()}
             write_atomic(temporary / _WEIGHTS, save(trained))
         if learned:
             tensors = {name: tensor.detach().contiguous() for name, tensor in learned.items()}
@@ -108,15 +116,19 @@ def read_learned(folder: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} is damaged: {error}") from error
 
 
-def load_adapter(vit: KeyedVit, recipe: RecipeSettings, folder: Path) -> nn.Module:
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """What training may have changed, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad} | running_statistics(model)
+
+
+def load_adapter(network: nn.Module, recipe: RecipeSettings, folder: Path) -> nn.Module:
     """The adapted model that :func:`save_adapter` saved; raises InputError if it does not fit."""
     try:
         if recipe.adaptation == "lora":
-            return PeftModel.from_pretrained(copy.deepcopy(vit), str(folder)).eval()  # type: ignore[arg-type]
-        model = adapt(vit, recipe)
-        known = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            return PeftModel.from_pretrained(copy.deepcopy(network), str(folder)).eval()  # type: ignore[arg-type]
+        model = adapt(network, recipe)
         stored = load_file(folder / _WEIGHTS)
-        if stored.keys() != known.keys():
+        if stored.keys() != _trained(model).keys():
             raise InputError(f"The adapter in {folder} has other parameters than the recipe trains.")
         model.load_state_dict(stored, strict=False)
         return model.eval()

@@ -1,4 +1,4 @@
-"""The shared base: a timm Vision Transformer with its normalisation and input contract.
+"""The shared base: a timm network with its normalisation and input contract (docs/bases.md).
 
 A checkpoint is one safetensors file whose metadata names the timm architecture and its arguments, so that a
 file alone is enough to rebuild the model; nothing is ever unpickled.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,17 @@ from timm.layers.config import set_fused_attn
 from torch import nn
 
 from exporters.contract import InputContract
+from factory.networks import embedding_convolution, patch_embedding, traits
+from factory.own_networks import NAMES as OWN_NETWORKS
+from factory.recipes.part import Trait
 from factory.seeds import derive_seed
 from factory.settings import BaseSettings
-from factory.vits import KeyedVit, checked_vit
+from factory.vits import KeyedVit, call_projections
 from keys.errors import InputError
 from keys.files import write_atomic
+
+BLOCK_SIZE = 4
+"""Side of a block in pixels where neither the recipe nor a patch says it."""
 
 SHIPPED = Path(__file__).parent / "assets" / "base" / "vit-fashion-mnist.safetensors"
 
@@ -45,19 +51,37 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Base:
-    """The shared ViT, in evaluation mode, and everything that a device model inherits from it."""
+    """The shared network, in evaluation mode, and everything that a device model inherits from it."""
 
     architecture: Architecture
-    network: KeyedVit
+    network: nn.Module
 
     @property
     def patch_size(self) -> int:
-        """Side of one patch in pixels."""
-        embedding: Any = self.network.patch_embed
-        height, width = embedding.patch_size
+        """Side of one patch in pixels; raises InputError if the network has no patches, or none that are square."""
+        if patch_embedding(self.network) is None:
+            raise InputError(f"Base {self.architecture.name} has no {Trait.PATCH_EMBEDDING.value.removeprefix('a ')}.")
+        height, width = embedding_convolution(self.network).kernel_size
         if height != width:
             raise InputError(f"Base {self.architecture.name} has patches of {height}×{width}; they must be square.")
         return height
+
+    @property
+    def default_block_size(self) -> int:
+        """M of the block shuffle where a recipe says nothing: the patch size, or 4 where there are no patches.
+
+        4 is what the key-based paper's Table I has for a ResNet-50 (its [16]). Raises InputError if it does not suit.
+        """
+        if patch_embedding(self.network) is not None:
+            return self.patch_size
+        height, width = self.architecture.contract.height, self.architecture.contract.width
+        if height % BLOCK_SIZE or width % BLOCK_SIZE:
+            raise InputError(
+                f"Base {self.architecture.name} has no patches, so that blocks are of {BLOCK_SIZE} pixels unless "
+                f"recipe.block_size says otherwise, and these do not tile images of {height}×{width}; state a block "
+                "size that does."
+            )
+        return BLOCK_SIZE
 
     @cached_property
     def digest(self) -> str:
@@ -74,48 +98,64 @@ def weights_digest(module: nn.Module, prefix: str = "") -> str:
     return digest.hexdigest()
 
 
-def build_vit(architecture: Architecture, *, pretrained: bool = False, seed: int = 0) -> KeyedVit:
-    """Create the timm model of ``architecture``; random weights come from ``seed``.
+def build_network(architecture: Architecture, *, pretrained: bool = False, seed: int = 0) -> nn.Module:
+    """Create the timm model of ``architecture`` in evaluation mode; random weights come from ``seed``.
 
     Fused attention is off: its bf16 backward is slow on CPUs, and the exported graphs stay plain.
-    Raises InputError if timm does not know the name, or the model cannot be keyed (see :mod:`factory.vits`).
+    Raises InputError if timm does not know the name, or the model does not take the contract's images.
     """
     set_fused_attn(False)
     if not timm.is_model(architecture.name):
         close = ", ".join(difflib.get_close_matches(architecture.name, timm.list_models()))
         raise InputError(
             f"Base {architecture.name!r} is neither 'shipped', nor a checkpoint file, nor a model timm knows"
-            + (f" (close to it: {close})." if close else "; timm.list_models() lists the names.")
+            + (f" (close to it: {close})." if close else f", nor one of {', '.join(OWN_NETWORKS)}.")
         )
     torch.manual_seed(derive_seed(seed, "initial weights"))
     try:
-        model = timm.create_model(
+        network = timm.create_model(
             architecture.name, pretrained=pretrained, num_classes=len(architecture.labels), **architecture.arguments
-        )
+        ).eval()
     except Exception as error:
         raise InputError(
             f"Base {architecture.name!r} could not be created: {error} Where there is no network, give a checkpoint "
             "by path, or --random-weights for a dry run."
         ) from error
-    vit = checked_vit(architecture.name, model).eval()
-    _check_input(architecture, vit)
-    return vit
+    if isinstance(network, KeyedVit):
+        call_projections(network)
+    _check_input(architecture, network)
+    return network
 
 
-def _check_input(architecture: Architecture, vit: KeyedVit) -> None:
-    """Raise InputError unless the model takes the contract's images, every pixel of them."""
-    contract, projection = architecture.contract, vit.patch_embed.proj
-    embedding: Any = vit.patch_embed
+def _check_input(architecture: Architecture, network: nn.Module) -> None:
+    """Raise InputError unless the model takes the contract's images, every pixel of them.
+
+    A network of volumes is asked by the transform that makes them.
+    """
+    contract = architecture.contract
     size = (contract.height, contract.width)
-    if embedding.img_size != size or projection.in_channels != contract.channels:
-        raise InputError(
-            f"Base {architecture.name!r} does not take {contract.channels}×{contract.height}×{contract.width} images."
-        )
-    if any(side % patch for side, patch in zip(size, embedding.patch_size, strict=True)):
-        raise InputError(  # timm would leave out the last rows and columns
-            f"Patches of {projection.kernel_size[0]} pixels do not tile images of {contract.height}×{contract.width}; "
-            f"choose another size or patch for base {architecture.name!r}."
-        )
+    refused = f"Base {architecture.name!r} does not take {contract.channels}×{contract.height}×{contract.width} images"
+    if patch_embedding(network) is not None:
+        convolution = embedding_convolution(network)
+        stated = getattr(getattr(network, "patch_embed", None), "img_size", size)
+        if stated != size or convolution.in_channels != contract.channels:
+            raise InputError(f"{refused}.")
+        if any(side % patch for side, patch in zip(size, convolution.kernel_size, strict=True)):
+            raise InputError(  # timm would leave out the last rows and columns
+                f"Patches of {convolution.kernel_size[0]} pixels do not tile images of {size[0]}×{size[1]}; "
+                f"choose another size or patch for base {architecture.name!r}."
+            )
+    elif Trait.IMAGES in traits(network):
+        try:
+            with torch.inference_mode():
+                answer = network(torch.zeros(1, *contract.shape))
+        except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+            raise InputError(
+                f"{refused}: {str(error).splitlines()[0] if str(error) else 'it fails on one'}."
+            ) from error
+        classes = len(architecture.labels)
+        if classes and getattr(answer, "shape", None) != (1, classes):
+            raise InputError(f"Base {architecture.name!r} does not answer an image with {classes} logits.")
 
 
 def contract_for(channels: int, size: int) -> InputContract:
@@ -133,13 +173,20 @@ def timm_architecture(
     arguments = dict(arguments or {})
     config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     input_size = config.input_size if config else (3, 224, 224)
-    if image_size is not None:
+    if image_size is not None and _is_of_one_size(name):
         arguments["img_size"] = image_size
-    size = int(arguments.get("img_size", input_size[1]))
+    size = int(arguments.get("img_size", image_size or input_size[1]))
     channels = int(arguments.get("in_chans", input_size[0]))
     mean = tuple(float(v) for v in (config.mean if config else (0.5,) * 3))[:channels]
     std = tuple(float(v) for v in (config.std if config else (0.5,) * 3))[:channels]
     return Architecture(name, mean, std, contract_for(channels, size), labels, arguments)
+
+
+def _is_of_one_size(name: str) -> bool:
+    """Whether the model is made for images of one size, which it is told as ``img_size``."""
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    # A few of timm's Evas do not say so.
+    return config is None or bool(config.fixed_input_size) or name.split(".")[0] in timm.list_models(module="eva")
 
 
 def read_architecture(settings: BaseSettings) -> Architecture:
@@ -147,12 +194,20 @@ def read_architecture(settings: BaseSettings) -> Architecture:
 
     Raises InputError for an unknown base, or a checkpoint that is missing, damaged or pickled.
     """
+    return read_base(settings).architecture
+
+
+def read_base(settings: BaseSettings) -> Base:
+    """The base as far as it is known before any data set: a timm name has random weights, no labels and two classes.
+
+    With it a wrong name or recipe is refused before images are decoded. Raises InputError as
+    :func:`read_architecture`.
+    """
     path = _checkpoint(settings)
     if path is not None:
-        return read_checkpoint(path).architecture
+        return read_checkpoint(path)
     architecture = timm_architecture(settings.name, (), settings.image_size)
-    build_vit(architecture)  # refuses an unknown or unsupported name, before images are decoded at a guessed size
-    return architecture
+    return Base(architecture, build_network(replace(architecture, labels=("one", "other"))))
 
 
 def load_base(settings: BaseSettings, labels: tuple[str, ...], seed: int) -> Base:
@@ -176,7 +231,7 @@ def load_base(settings: BaseSettings, labels: tuple[str, ...], seed: int) -> Bas
             )
         return base
     architecture = timm_architecture(settings.name, labels, settings.image_size)
-    return Base(architecture, build_vit(architecture, pretrained=not settings.random_weights, seed=seed))
+    return Base(architecture, build_network(architecture, pretrained=not settings.random_weights, seed=seed))
 
 
 def _checkpoint(settings: BaseSettings) -> Path | None:
@@ -209,14 +264,14 @@ def read_checkpoint(path: Path) -> Base:
         )  # fmt: skip
     except (SafetensorError, KeyError, TypeError, ValueError, InputError) as error:
         raise InputError(f"{path} is not a base written by 'keyfoundry pretrain', or it is damaged: {error}") from error
-    vit = build_vit(architecture)
+    network = build_network(architecture)
     try:
-        vit.load_state_dict(tensors)
+        network.load_state_dict(tensors)
     except RuntimeError as error:
         raise InputError(f"The weights in {path} do not fit its architecture {architecture.name}.") from error
     if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
         raise InputError(f"The base {path} holds weights that are not finite.")
-    return Base(architecture, vit)
+    return Base(architecture, network)
 
 
 def _to_json(architecture: Architecture) -> dict[str, Any]:

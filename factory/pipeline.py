@@ -26,8 +26,7 @@ from exporters.run_onnx import OnnxRuntime
 from exporters.run_torch import TorchRuntime
 from factory.adapter_release import publish_adapters, withdraw_adapters
 from factory.attackers import BASE, who_attacks
-from factory.base import load_base, read_architecture
-from factory.block_shuffle import check_block_size
+from factory.base import load_base, read_base
 from factory.classifier import ImageClassifier
 from factory.data import load_splits
 from factory.device_model import DeviceModel, block_size, make_device_model
@@ -42,6 +41,7 @@ from factory.packaging import ONNX_NAME, Identity, export_package, export_plan, 
 from factory.progress import Progress, log_to
 from factory.quantised import judge_quantised
 from factory.queries import query_attacks
+from factory.recipes.part import Trait
 from factory.recipes.recipe import RecipeSettings, check_recipe
 from factory.registry import Registry
 from factory.release import check_enough_images, publish, release_rule
@@ -101,12 +101,11 @@ def open_fleet(
             raise InputError(f"Device id {device_id!r} begins like the name of an attack source; choose another.")
     if not settings.device_ids or len(set(settings.device_ids)) < len(settings.device_ids):
         raise InputError("A fleet needs one or more devices, each with its own id.")
-    architecture = read_architecture(settings.base)
-    if settings.recipe.block_size:
-        check_block_size(settings.recipe.block_size, architecture.contract.height, architecture.contract.width)
-    splits = load_splits(settings.data, architecture.contract, folder.cache, progress)
+    known = read_base(settings.base)
+    check_recipe(settings.recipe, traits(known.network), f"base {known.architecture.name}")
+    block_size(known, settings.recipe)  # refuses one that does not tile the image
+    splits = load_splits(settings.data, known.architecture.contract, folder.cache, progress)
     base = load_base(settings.base, splits.labels, settings.seed)
-    check_recipe(settings.recipe, traits(base.network), f"base {base.architecture.name}")
     if base.architecture.contract.channels * block_size(base, settings.recipe) ** 2 < FEW_VALUES:
         progress.say(f"Warning: blocks of fewer than {FEW_VALUES} values have so few permutations that keys collide.")
     check_enough_images(release_rule(settings.release), settings.verification.images, len(splits.test))
@@ -145,7 +144,12 @@ def recipe_of(fleet: Fleet, name: str) -> RecipeSettings:
 
 def control_names(fleet: Fleet) -> tuple[str, ...]:
     """The controls: how much of what a key seems to do is mere retraining, and how much mere new weights."""
-    return (UNKEYED, REINITIALISED) if fleet.settings.verification.reinitialised_control else (UNKEYED,)
+    if not fleet.settings.verification.reinitialised_control:
+        return (UNKEYED,)
+    if Trait.PATCH_EMBEDDING not in traits(fleet.base.network):
+        fleet.progress.say(f"The control {REINITIALISED!r} is left out: the base has no patch embedding to draw anew.")
+        return (UNKEYED,)
+    return (UNKEYED, REINITIALISED)
 
 
 def make_candidate(fleet: Fleet, name: str) -> Candidate:

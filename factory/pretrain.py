@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from device_tests.evidence import Proportion
-from factory.base import Architecture, Base, build_vit, save_checkpoint
+from factory.base import Architecture, Base, build_network, save_checkpoint
 from factory.classifier import ImageClassifier
 from factory.data import Splits
+from factory.networks import embedding_convolution, patch_embedding
 from factory.progress import Progress
 from factory.recipes.training import TrainingSettings
 from factory.seeds import derive_seed
@@ -38,7 +38,8 @@ def pretrain(
 ) -> Pretrained:
     """Train ``architecture`` from random weights and write it to ``out`` (resumable beside it until then).
 
-    The normalisation statistics are those of the training images.
+    The normalisation statistics are those of the training images. ViTs begin as :func:`initialise` says, other networks
+    as timm has it.
     """
     pixels = splits.train.images[:10_000].float() / 255
     architecture = replace(
@@ -47,15 +48,16 @@ def pretrain(
         std=tuple(round(float(v), 4) for v in pixels.std((0, 2, 3))),
         labels=splits.labels,
     )
-    vit = build_vit(architecture, seed=seed)
-    initialise(vit, seed)
-    model = ImageClassifier(vit, architecture.mean, architecture.std)
+    network = build_network(architecture, seed=seed)
+    if isinstance(network, KeyedVit) and patch_embedding(network) is not None:
+        initialise(network, seed)
+    model = ImageClassifier(network, architecture.mean, architecture.std)
     checkpoint = out.with_suffix(".training.safetensors")
     history = train(
         model, splits.train, splits.validation, settings, seed=seed, name="pre-train", checkpoint=checkpoint,
         progress=progress,
     )  # fmt: skip
-    base = Base(architecture, vit.eval())
+    base = Base(architecture, network.eval())
     test = accuracy(model, splits.test)
     result = Pretrained(
         base, history, history[-1].validation_accuracy, Proportion(round(test * len(splits.test)), len(splits.test))
@@ -76,8 +78,7 @@ def initialise(vit: KeyedVit, seed: int) -> None:
     images, validation accuracy after one epoch is 0.74 with this start and 0.67 with timm's (seed 0).
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, "pre-train", "initial weights"))
-    projection = vit.patch_embed.proj
-    assert isinstance(projection, nn.Conv2d)
+    projection = embedding_convolution(vit)
     with torch.no_grad():
         fan_out, fan_in = projection.weight.flatten(1).shape
         limit = math.sqrt(6 / (fan_in + fan_out))

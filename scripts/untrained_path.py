@@ -22,7 +22,7 @@ import torch
 
 from exporters.run_torch import TorchRuntime
 from factory.adaptation import adapt, trainable_parameters
-from factory.base import Base, build_vit, timm_architecture
+from factory.base import Base, build_network, timm_architecture
 from factory.classifier import ImageClassifier
 from factory.data import load_splits
 from factory.device_model import keyed_transform
@@ -52,7 +52,7 @@ def main() -> None:
 
     labels = tuple(str(index) for index in range(1000))
     architecture = timm_architecture(options.base, labels, None)
-    base = Base(architecture, build_vit(architecture, seed=options.seed))
+    base = Base(architecture, build_network(architecture, seed=options.seed))
     recipe = RecipeSettings(block_size=options.block_size)
     model = adapt(base.network, recipe)
     count, total = trainable_parameters(model), sum(p.numel() for p in base.network.parameters())

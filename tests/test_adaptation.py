@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
 from factory.adaptation import adapt, adapter_digest, load_adapter, merge, save_adapter, trainable_parameters
-from factory.base import Base, build_vit, timm_architecture
+from factory.base import Base, build_network, timm_architecture
 from factory.classifier import ImageClassifier
 from factory.data import Split, Splits
 from factory.progress import Progress
@@ -32,7 +32,7 @@ def recipe_of(mode: str, **values: object) -> RecipeSettings:
 @pytest.fixture(scope="module")
 def vit_base() -> VisionTransformer:
     """``vit_base_patch16_224`` with random weights and ten classes."""
-    return build_vit(timm_architecture("vit_base_patch16_224", tuple("0123456789"), None))
+    return build_network(timm_architecture("vit_base_patch16_224", tuple("0123456789"), None))
 
 
 @pytest.mark.parametrize(("classes", "count"), [(10, 622_090), (1000, 1_383_400)])
@@ -138,7 +138,7 @@ def test_an_adapters_folder_is_private_and_holds_no_pickle(
 
 def test_peft_itself_opens_the_adapter(tiny_base: Base, tmp_path: Path) -> None:
     save_adapter(adapt(tiny_base.network, recipe_of("lora")), tmp_path / "adapter")
-    fresh = build_vit(tiny_base.architecture)
+    fresh = build_network(tiny_base.architecture)
     model = PeftModel.from_pretrained(fresh, str(tmp_path / "adapter"))  # type: ignore[arg-type]
     assert isinstance(model.merge_and_unload(), VisionTransformer)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
@@ -150,7 +150,7 @@ def test_a_damaged_adapter_and_one_of_another_base_are_refused(tiny_base: Base, 
     recipe = recipe_of(mode)
     save_adapter(adapt(tiny_base.network, recipe), tmp_path / "adapter")
     arguments = {**tiny_base.architecture.arguments, "embed_dim": 32}
-    other = build_vit(timm_architecture("vit_tiny_patch16_224", tuple("0123456789"), 28, arguments))
+    other = build_network(timm_architecture("vit_tiny_patch16_224", tuple("0123456789"), 28, arguments))
     with pytest.raises(InputError, match="is damaged or belongs to another base"):
         load_adapter(other, recipe, tmp_path / "adapter")
     weights = tmp_path / "adapter" / "adapter_model.safetensors"

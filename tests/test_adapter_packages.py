@@ -30,7 +30,7 @@ from exporters.run_torch import TorchRuntime
 from exporters.to_onnx import export_onnx
 from factory.adaptation import adapt
 from factory.adapter_package import export_adapter_package, export_base_package, sizes_of
-from factory.base import Base, build_vit, timm_architecture
+from factory.base import Base, build_network, timm_architecture
 from factory.block_shuffle import BlockShuffle
 from factory.classifier import ImageClassifier
 from factory.folding import bake
@@ -75,7 +75,7 @@ class Packages:
 def tiny(classes: int, depth: int = 1) -> Base:
     labels = tuple(f"class {index}" for index in range(classes))
     architecture = timm_architecture("vit_tiny_patch16_224", labels, None, {**SHAPE, "depth": depth})
-    return Base(architecture, build_vit(architecture))
+    return Base(architecture, build_network(architecture))
 
 
 def trained_alike(base: Base, recipe: RecipeSettings, seed: int = 0) -> ImageClassifier:

@@ -19,7 +19,7 @@ from exporters.manifest import SIGNATURE_NAME
 from exporters.package import inspect_package, open_package, write_package
 from factory.adaptation import adapt
 from factory.adapter_release import publish_adapters, withdraw_adapters
-from factory.base import Base, build_vit, timm_architecture
+from factory.base import Base, build_network, timm_architecture
 from factory.block_shuffle import BlockShuffle
 from factory.classifier import ImageClassifier
 from factory.data import Splits
@@ -44,7 +44,7 @@ def released(tmp_path: Path, tiny_splits: Splits, monkeypatch: pytest.MonkeyPatc
     folder, quiet = FleetFolder(tmp_path / "fleet"), Progress(quiet=True)
     settings = FleetSettings(devices=1, export=ExportSettings(formats=("onnx-fp32",), adapters=True))
     architecture = timm_architecture("vit_tiny_patch16_224", tiny_splits.labels, None, SHAPE)
-    base = Base(architecture, build_vit(architecture))
+    base = Base(architecture, build_network(architecture))
     torch.manual_seed(0)
     shuffle = BlockShuffle(np.random.default_rng(0).permutation(49), channels=1, block_size=7)
     model = ImageClassifier(adapt(base.network, settings.recipe), architecture.mean, architecture.std, shuffle).eval()

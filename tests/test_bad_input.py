@@ -64,7 +64,7 @@ def test_an_unknown_base(provision: Run) -> None:
 
 
 def test_a_base_that_is_no_vit(provision: Run) -> None:
-    refused(provision("--base", "resnet18", "--random-weights"), 3, "'resnet18'", "not a plain Vision Transformer")
+    refused(provision("--base", "resnet18", "--random-weights"), 3, "resnet18", "'lora' needs a patch embedding")
 
 
 def test_a_pickled_base(provision: Run) -> None:

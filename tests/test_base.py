@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from factory.base import (
     Base,
-    build_vit,
+    build_network,
     load_base,
     read_architecture,
     read_checkpoint,
@@ -68,7 +68,7 @@ def test_one_changed_weight_changes_the_digest(tiny_base_path: Path) -> None:
 def test_random_weights_come_from_the_seed() -> None:
     small = {"img_size": 28, "patch_size": 14, "embed_dim": 16, "depth": 1, "num_heads": 1}
     architecture = timm_architecture("vit_tiny_patch16_224", LABELS, None, small)
-    weights = [build_vit(architecture, seed=seed).state_dict()["patch_embed.proj.weight"] for seed in (0, 0, 1)]
+    weights = [build_network(architecture, seed=seed).state_dict()["patch_embed.proj.weight"] for seed in (0, 0, 1)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
 
@@ -90,7 +90,7 @@ def test_the_size_may_be_given_as_an_argument_of_the_model() -> None:
 def test_an_unknown_name_is_refused_with_names_close_to_it() -> None:
     with pytest.raises(InputError, match=r"nor a model timm knows \(close to it: .*vit_base_patch16"):
         load_base(settings("vit_base_patch16", random_weights=True), LABELS, 0)
-    with pytest.raises(InputError, match=r"timm.list_models\(\) lists the names"):
+    with pytest.raises(InputError, match="nor a model timm knows, nor one of cnn6, cnn6_flat, bottleneck_resnet"):
         load_base(settings("no-such-model", random_weights=True), LABELS, 0)
 
 
@@ -100,9 +100,11 @@ def test_a_name_with_a_typing_mistake_is_refused_with_names_close_to_it() -> Non
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mixer_s32_224", "swin_tiny_patch4_window7_224"])
-def test_what_is_no_plain_vit_is_refused(name: str) -> None:
-    with pytest.raises(InputError, match=f"Base '{name}' is not a plain Vision Transformer"):
-        load_base(settings(name, random_weights=True), LABELS, 0)
+def test_what_is_no_vit_is_a_base_without_patches(name: str) -> None:
+    base = load_base(settings(name, random_weights=True), LABELS, 0)
+    assert base.default_block_size == 4
+    with pytest.raises(InputError, match=f"Base {name} has no patch embedding by one convolution of the image"):
+        _ = base.patch_size
 
 
 def test_a_size_that_the_patches_do_not_divide_is_refused() -> None:
@@ -168,7 +170,8 @@ def test_weights_that_are_not_finite_are_refused(tiny_base_path: Path, tmp_path:
         ({"contract": {"channels": 1, "height": 56, "width": 56, "resize": "?"}}, "does not take 1×56×56 images"),
         ({"contract": {"channels": 3, "height": 28, "width": 28, "resize": "?"}}, "does not take 3×28×28 images"),
         ({"mean": None}, "or it is damaged"),
-        ({"name": "resnet18", "arguments": {}}, "is not a plain Vision Transformer"),
+        ({"name": "resnet18", "arguments": {}}, "'resnet18' does not take 1×28×28 images"),
+        ({"name": "resnet18", "arguments": {"in_chans": 1}}, "do not fit its architecture resnet18"),
         ({"name": "no-such-model"}, "nor a model timm knows"),
     ],
 )

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from factory.adaptation import adapt, merge
-from factory.base import Architecture, Base, build_vit, contract_for, timm_architecture
+from factory.base import Architecture, Base, build_network, contract_for, timm_architecture
 from factory.block_shuffle import BlockShuffle
 from factory.classifier import ImageClassifier
 from factory.folding import bake, can_fold, fold
@@ -41,7 +41,7 @@ def rgb_base(patch: int) -> Base:
     architecture = Architecture(
         known.name, (0.49, 0.42, 0.31), (0.15, 0.22, 0.34), contract_for(3, 28), known.labels, arguments
     )
-    return Base(architecture, build_vit(architecture, seed=3))
+    return Base(architecture, build_network(architecture, seed=3))
 
 
 def keyed(base: Base, m: int | None, recipe: RecipeSettings | None = None) -> ImageClassifier:

@@ -15,7 +15,7 @@ from torch import nn
 import exporters.low_rank
 from exporters.low_rank import merged
 from factory.adaptation import adapt, merge
-from factory.base import build_vit, timm_architecture
+from factory.base import build_network, timm_architecture
 from factory.low_rank_layers import low_rank_layers
 from factory.recipes.recipe import RecipeSettings
 
@@ -67,7 +67,7 @@ def test_convolutions_are_matrices_and_other_shapes_are_refused() -> None:
 @pytest.fixture(scope="module", params=[{}, {"alpha": 6.0}, {"reinitialise_patch_embedding": True}])
 def adapted(request: pytest.FixtureRequest) -> PeftModel:
     values: dict[str, Any] = request.param
-    vit = build_vit(timm_architecture("vit_tiny_patch16_224", ("a", "b", "c"), None, TINY))
+    vit = build_network(timm_architecture("vit_tiny_patch16_224", ("a", "b", "c"), None, TINY))
     torch.manual_seed(0)
     model = adapt(vit, RecipeSettings(rank=4, **values))
     assert isinstance(model, PeftModel)

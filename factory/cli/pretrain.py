@@ -19,7 +19,7 @@ def pretrain_command(
         str, typer.Option(help="sample, idx, or any timm.data.create_dataset name ('' for a folder).")
     ] = "sample",
     data_root: Annotated[Path | None, typer.Option(help="Folder of the data set.")] = None,
-    architecture: Annotated[str, typer.Option(help="A timm ViT name.")] = "vit_tiny_patch16_224",
+    architecture: Annotated[str, typer.Option(help="A timm name, or one of docs/bases.md.")] = "vit_tiny_patch16_224",
     model_arg: Annotated[
         list[str] | None, typer.Option(help="Argument of the timm model, as name=value; repeatable.")
     ] = None,

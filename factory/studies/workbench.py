@@ -27,7 +27,7 @@ from device_tests.transfer import TargetJudgement, judge
 from exporters.measured import NotMeasured
 from exporters.run_torch import TorchRuntime
 from factory.attackers import BASE, colluding_groups
-from factory.base import load_base, read_architecture
+from factory.base import load_base, read_base
 from factory.classifier import ImageClassifier
 from factory.data import load_splits
 from factory.networks import traits
@@ -50,11 +50,12 @@ class Workbench:
 
     def __init__(self, folder: Path, spec: Spec, progress: Progress) -> None:
         self.folder, self.spec, self.progress = folder, spec, progress
-        architecture = read_architecture(spec.base)
+        known = read_base(spec.base)
+        architecture = known.architecture
+        for arm in spec.arms:
+            check_recipe(spec.arm(arm).recipe, traits(known.network), f"base {architecture.name}")
         self.splits = load_splits(spec.data, architecture.contract, folder / "data", progress)
         self.base = load_base(spec.base, self.splits.labels, spec.seed)
-        for arm in spec.arms:
-            check_recipe(spec.arm(arm).recipe, traits(self.base.network), f"base {architecture.name}")
         # One folder per base, data and seed: models and attacks of others have the same names.
         identity = "\0".join([self.base.digest, self.splits.digest, str(spec.seed)])
         self.shared = folder / "shared" / hashlib.sha256(identity.encode()).hexdigest()[:12]
