@@ -24,6 +24,7 @@ from factory.classifier import ImageClassifier
 from factory.curriculum import Curriculum
 from factory.data import Split
 from factory.decoys import DecoyPool
+from factory.networks import running_statistics
 from factory.objective import CrossEntropy, Objective
 from factory.progress import Progress
 from factory.recipes.training import TrainingSettings
@@ -76,9 +77,10 @@ def train(
         ],
         lr=settings.learning_rate,
     )
+    statistics = running_statistics(model)
     device = next(iter(parameters.values())).device
     bf16 = uses_bf16(settings.precision, device)
-    history = _resume(checkpoint, parameters, optimizer)
+    history = _resume(checkpoint, parameters, statistics, optimizer)
     steps_per_epoch = _steps(len(train_split), settings.batch_size, curriculum)
     total = settings.epochs * len(train_split)
     done = len(history) * len(train_split)
@@ -119,7 +121,7 @@ def train(
             )
             history.append(finished)
             logger.info("%s epoch %d: %s", name, epoch + 1, finished)
-            _save(checkpoint, parameters, optimizer, history)
+            _save(checkpoint, parameters, statistics, optimizer, history)
     model.eval()
     if not all(torch.isfinite(value).all() for value in parameters.values()):
         raise InputError(f"The last step of {name} made weights that are not finite; lower the learning rate.")
@@ -183,22 +185,28 @@ def accuracy(model: nn.Module, split: Split, batch_size: int = 512) -> float:
 
 
 def _save(
-    path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, history: list[Epoch]
-) -> None:
+    path: Path, parameters: dict[str, nn.Parameter], statistics: dict[str, Tensor], optimizer: torch.optim.Optimizer,
+    history: list[Epoch],
+) -> None:  # fmt: skip
     tensors: dict[str, Tensor] = {f"weight.{key}": value.detach().contiguous() for key, value in parameters.items()}
+    tensors |= {f"statistic.{key}": value for key, value in statistics.items()}
     for key, value in parameters.items():
         for part, tensor in optimizer.state[value].items():
             tensors[f"state.{part}.{key}"] = tensor.contiguous()
     write_atomic(path, save(tensors, {"history": json.dumps([asdict(epoch) for epoch in history])}))
 
 
-def _resume(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> list[Epoch]:
+def _resume(
+    path: Path, parameters: dict[str, nn.Parameter], statistics: dict[str, Tensor], optimizer: torch.optim.Optimizer
+) -> list[Epoch]:
     if not path.is_file():
         return []
     try:
         with safe_open(str(path), "pt") as file:
             history = [Epoch(**entry) for entry in json.loads((file.metadata() or {})["history"])]
             with torch.no_grad():
+                for key, value in statistics.items():
+                    value.copy_(file.get_tensor(f"statistic.{key}"))
                 for key, value in parameters.items():
                     value.copy_(file.get_tensor(f"weight.{key}"))
                     optimizer.state[value] = {
