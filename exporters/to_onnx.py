@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import onnx
 import torch
@@ -109,6 +110,7 @@ def _convert(module: nn.Module, contract: InputContract, opset: int, batch: Batc
     except torch.onnx.OnnxExporterError as error:
         raise InputError(f"torch cannot export this model to ONNX: {str(error).splitlines()[0]}") from error
     assert program is not None
+    _rename_results(program.model.graph)
     model = program.model_proto
     # Where it cannot express a model in an operator set, the exporter leaves it in another and only warns.
     found = {entry.domain: entry.version for entry in model.opset_import}
@@ -118,6 +120,17 @@ def _convert(module: nn.Module, contract: InputContract, opset: int, batch: Batc
             f"torch cannot express this model in ONNX opset {opset}, but in {needed}; choose a newer opset."
         )
     return model
+
+
+def _rename_results(graph: Any) -> None:
+    """Give results other names where they have an initializer's: torch calls a mean "mean", whatever a buffer is."""
+    taken = {*graph.initializers, *(value.name for node in graph for value in node.outputs)}
+    for node in graph:
+        for value in node.outputs:
+            if value.name in graph.initializers:
+                name = next(name for number in count(1) if (name := f"{value.name}_{number}") not in taken)
+                taken.add(name)
+                value.name = name
 
 
 def _strip_source(message: Message) -> None:
