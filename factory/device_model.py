@@ -68,6 +68,7 @@ def block_size(base: Base, recipe: RecipeSettings) -> int:
 
 def keyed_transform(base: Base, recipe: RecipeSettings, key: DeviceKey | None) -> nn.Module | None:
     """What the recipe does to images of this base under ``key``; None: nothing, as in an un-keyed control."""
+    recipe.transform.check(base.network)
     return recipe.transform.build(key, base.architecture.contract.shape, block_size(base, recipe))
 
 

@@ -20,6 +20,9 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet, downsample_conv
 from timm.models.vgg import cfgs
 from torch import Tensor, nn
 
+from factory.recipes.part import Trait
+from factory.volumization.networks import build_network
+
 _GREY = {"input_size": (1, 28, 28), "mean": (0.5,), "std": (0.5,), "fixed_input_size": False}
 _COLOUR = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "fixed_input_size": False}
 
@@ -35,6 +38,12 @@ default_cfgs = generate_default_cfgs(
         "vgg19_small": _COLOUR,
         "resnet34_small": _COLOUR,
         "resnet50_small": _COLOUR,
+        "vgg2d": _COLOUR,
+        "vgg3d": _COLOUR,
+        "resnet2d": _COLOUR,
+        "resnet3d": _COLOUR,
+        "efficientnet2d": _COLOUR,
+        "efficientnet3d": _COLOUR,
     }
 )
 """What a network's input is where nothing else is asked for; timm looks for it here, by this name."""
@@ -209,6 +218,61 @@ def vgg16_small(pretrained: bool = False, **arguments: Any) -> nn.Module:
 def vgg19_small(pretrained: bool = False, **arguments: Any) -> nn.Module:
     """:class:`SmallVgg` with the sixteen convolutions of VGG-19."""
     return SmallVgg(cfgs["vgg19"], **_scratch("vgg19_small", pretrained, arguments))
+
+
+@register_model
+def vgg3d(pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """The volumization paper's VGG over volumes of patches, see :mod:`factory.volumization.networks`.
+
+    ``img_size`` and ``patch_size`` say what volumes; ``width``, ``depth_kernel`` and ``aggregate`` are as there.
+    """
+    return _volumized("vgg3d", pretrained, **arguments)
+
+
+@register_model
+def resnet3d(pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """The same for a ResNet."""
+    return _volumized("resnet3d", pretrained, **arguments)
+
+
+@register_model
+def efficientnet3d(pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """The same for an EfficientNet."""
+    return _volumized("efficientnet3d", pretrained, **arguments)
+
+
+@register_model
+def vgg2d(pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """The control of :func:`vgg3d`: the same network over plain images of ``img_size`` pixels."""
+    return _plain("vgg2d", pretrained, **arguments)
+
+
+@register_model
+def resnet2d(pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """The control of :func:`resnet3d`."""
+    return _plain("resnet2d", pretrained, **arguments)
+
+
+@register_model
+def efficientnet2d(pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """The control of :func:`efficientnet3d`."""
+    return _plain("efficientnet2d", pretrained, **arguments)
+
+
+def _volumized(name: str, pretrained: bool, img_size: int = 32, patch_size: int = 16, **arguments: Any) -> nn.Module:
+    own = _scratch(name, pretrained, arguments)
+    channels, classes = own.pop("in_chans", 3), own.pop("num_classes", 10) or 2
+    patches = (img_size // patch_size) ** 2
+    network = build_network(name, channels=channels, patches=patches, side=patch_size, classes=classes, **own)
+    network.TRAITS = frozenset({Trait.VOLUMES, Trait.PATCH_LOGITS})
+    network.volume = (patches, patch_size)
+    return network
+
+
+def _plain(name: str, pretrained: bool, img_size: int = 32, **arguments: Any) -> nn.Module:
+    own = _scratch(name, pretrained, arguments)
+    channels, classes = own.pop("in_chans", 3), own.pop("num_classes", 10) or 2
+    return build_network(name, channels=channels, patches=1, side=img_size, classes=classes, **own)
 
 
 def _small_resnet(block: type[BasicBlock] | type[Bottleneck], layers: tuple[int, ...], arguments: Any) -> ResNet:

@@ -566,9 +566,7 @@ BUILT = [
         built(
             f"gather at places from the image, {kind}",
             "gather",
-            lambda mb, x, y, axis=axis: mb.gather(
-                x=x, indices=mb.cast(x=mb.abs(x=y), dtype="int32"), axis=axis
-            ),
+            lambda mb, x, y, axis=axis: mb.gather(x=x, indices=mb.cast(x=mb.abs(x=y), dtype="int32"), axis=axis),
             lambda x, y, axis=axis: x.index_select(axis, y.abs().int()),
             (6, 5, 7),
             (4,),

@@ -41,15 +41,15 @@ train_images: 700
 """
 ARMS = """\
 arms:
-  - {name: undefended, network: small-cnn}
-  - {name: lgs, network: small-cnn, defence: lgs}
-  - {name: by-entropy, network: stack, defence: volumized, order: entropy}
-  - {name: raster, network: stack, defence: volumized, order: raster, models: 2}
+  - {name: undefended, network: vgg}
+  - {name: lgs, network: vgg, defence: lgs}
+  - {name: by-entropy, network: vgg, defence: volumized, order: entropy}
+  - {name: raster, network: vgg, defence: volumized, order: raster, models: 2}
 """
 PLAIN = """\
 arms:
-  - {name: undefended, network: small-cnn}
-  - {name: jpeg, network: small-cnn, defence: jpeg}
+  - {name: undefended, network: vgg}
+  - {name: jpeg, network: vgg, defence: jpeg}
 """
 
 

@@ -58,6 +58,9 @@ class TransformPart(Part):
         """
         raise NotImplementedError
 
+    def check(self, network: nn.Module) -> None:
+        """Raise InputError if ``network``, which has all that the part needs, was made for other inputs."""
+
 
 class ObjectivePart(Part):
     """What training minimises."""

@@ -23,14 +23,17 @@ from factory.recipes.cross_entropy import CrossEntropyPart
 from factory.recipes.decoys import DecoysPart
 from factory.recipes.format_preserving import FormatPreservingPart
 from factory.recipes.key_ensemble import KeyEnsemblePart
-from factory.recipes.part import CurriculumPart, Part, Trait
+from factory.recipes.part import Part, Trait
+from factory.recipes.patch_aggregate import PatchAggregatePart
 from factory.recipes.prototype_conformity import PrototypeConformityPart
+from factory.recipes.syllabus import SyllabusPart
 from factory.recipes.training import TrainingSettings
+from factory.recipes.volumize import VolumizePart
 from factory.section import Section
 from keys.errors import InputError
 
-Transform = Annotated[BlockShufflePart | BitFlipPart | FormatPreservingPart, Field(discriminator="kind")]
-Objective = Annotated[CrossEntropyPart | PrototypeConformityPart, Field(discriminator="kind")]
+Transform = Annotated[BlockShufflePart | BitFlipPart | FormatPreservingPart | VolumizePart, Field(discriminator="kind")]
+Objective = Annotated[CrossEntropyPart | PrototypeConformityPart | PatchAggregatePart, Field(discriminator="kind")]
 
 ADAPTATION_NEEDS: Mapping[str, tuple[Trait, ...]] = {
     "lora": (Trait.PATCH_EMBEDDING, Trait.ATTENTION),
@@ -60,7 +63,7 @@ class RecipeSettings(Section):
     transform: Transform = BlockShufflePart()
     objective: Objective = CrossEntropyPart()
     adversarial: AdversarialTrainingPart | None = Field(default=None, description="also train on attacks")
-    curriculum: CurriculumPart | None = Field(default=None, description="the order of the images in a batch")
+    curriculum: SyllabusPart | None = Field(default=None, description="the order of the images in a batch")
     decoys: DecoysPart | None = Field(default=None, description="also train on attacks that were made elsewhere")
     keys: KeyEnsemblePart | None = Field(default=None, description="several keys in one device")
 

@@ -16,9 +16,9 @@ class SyllabusPart(CurriculumPart):
     """Each batch is ordered by a metric and learnt in ``sub_batches`` steps (Eqs. 11 to 13)."""
 
     kind: Literal["syllabus"] = "syllabus"
-    metric: Literal[
-        "entropy", "mutual-information", "kl", "psnr", "max-norm", "joint-entropy", "mse", "raster"
-    ] = "mutual-information"
+    metric: Literal["entropy", "mutual-information", "kl", "psnr", "max-norm", "joint-entropy", "mse", "raster"] = (
+        "mutual-information"
+    )
     sub_batches: int = Field(default=4, ge=1)
     bins: int = Field(default=16, ge=2, le=256, description="of the metric's histograms: a power of two")
 

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from factory.recipes.part import Trait, TransformPart
+from keys.errors import InputError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from factory.volumization.volumize import Volumize
     from keys.derive import DeviceKey
 
@@ -24,6 +27,15 @@ class VolumizePart(TransformPart):
     bins: int = Field(default=16, ge=2, le=256, description="of the metrics' histograms: a power of two")
     title = "volumization"
     needs = frozenset({Trait.VOLUMES})
+
+    def check(self, network: nn.Module) -> None:
+        """Refuse a network that was made for patches of another size."""
+        made_for: tuple[int, int] | None = getattr(network, "volume", None)
+        if made_for is not None and made_for[1] != self.patch_size:
+            raise InputError(
+                f"The base was made for patches of {made_for[1]} pixels, and the recipe's transform cuts patches of "
+                f"{self.patch_size}; let them agree."
+            )
 
     def build(self, key: DeviceKey | None, shape: tuple[int, int, int], block_size: int) -> Volumize:
         """The stack of patches; only the order ``key`` depends on the key, and is row by row without one."""

@@ -218,7 +218,9 @@ class VolumizedArmSettings(Section):
     """One row of the volumization study: a network, and what stands between it and the image."""
 
     name: Annotated[str, AfterValidator(_arm_name)]
-    network: str = Field(default="vgg", description="vgg, resnet or efficientnet; 3D where volumized, else 2D")
+    network: Literal["vgg", "resnet", "efficientnet"] = Field(
+        default="vgg", description="in 3D where volumized, else its 2D control"
+    )
     defence: Literal["none", "lgs", "jpeg", "total-variation", "volumized"] = "none"
     order: PatchOrder | None = Field(default=None, description="of the patches, where volumized")
     models: int = Field(default=1, ge=1, description="trained from as many seeds; an interval over models takes more")

@@ -1,80 +1,89 @@
-"""Where the networks of the volumization study come from: a small plain network here, volumized ones to be connected.
-
-:func:`arm_trainer` is the one place that knows: it gives the study a function from an arm and a number to a trained
-network, kept under what it was made from.
-"""
+"""Where the networks of the volumization study come from: made as device models are, from random weights."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import nn
+from torch import Tensor
 
+from device_tests.attacks.order_flip import OrderFlip
+from factory.base import Architecture, Base, build_network, contract_for
+from factory.classifier import ImageClassifier
+from factory.data import Splits
+from factory.device_model import make_device_model
+from factory.recipes.patch_aggregate import PatchAggregatePart
+from factory.recipes.recipe import RecipeSettings
+from factory.recipes.volumize import VolumizePart
 from factory.seeds import derive_seed
-from factory.studies.spec import VolumizedArmSettings
+from factory.studies.spec import VolumizationSpec, VolumizedArmSettings
 from factory.studies.volumization import VolumizationBench
 from factory.studies.volumized_judgement import TrainArm, TrainedArm
-from factory.train import train
-from keys.errors import InputError
-from keys.files import write_atomic
+from factory.volumization.volumize import Volumize
+from keys.derive import fixed_guess
 
-SMALL = "small-cnn"
+_FLIPS, _PROPOSALS = 2, 4
 
 
 def arm_trainer(bench: VolumizationBench) -> TrainArm:
-    """Training for the arms of a study; a network that was trained before is read back.
-
-    The trainer raises :class:`InputError` for a network that is not connected.
-    """
+    """Training for the arms of a study, from random weights; a network that was trained before is read back."""
+    spec = bench.spec
+    splits = Splits(
+        bench.splits.name, bench.splits.train.take(spec.train_images), bench.splits.validation, bench.splits.test,
+        bench.splits.labels,
+    )  # fmt: skip
 
     def train_arm(arm: VolumizedArmSettings, index: int) -> TrainedArm:
-        spec, splits = bench.spec, bench.splits
-        made_from = json.dumps(
-            [
-                arm.network, arm.defence, arm.order, index, spec.patch_size, spec.training.model_dump(mode="json"),
-                spec.train_images, splits.digest, spec.seed,
-            ]
-        )  # fmt: skip
-        digest = hashlib.sha256(made_from.encode()).hexdigest()[:16]
-        label = "-".join(part for part in (arm.network, arm.order) if part)
-        folder = bench.shared / "networks" / f"{label}-{index}-{digest}"
         seed = derive_seed(spec.seed, "volumization", index)
-        torch.manual_seed(derive_seed(seed, "initial weights"))
-        model = network(arm, spec.channels, spec.image_size, len(splits.labels))
-        weights = folder / "model.safetensors"
-        if weights.is_file():
-            with contextlib.suppress(SafetensorError, OSError, RuntimeError):
-                model.load_state_dict(load_file(weights))
-                return TrainedArm(model.eval())
-        folder.mkdir(parents=True, exist_ok=True)
-        train(
-            model, splits.train.take(spec.train_images), splits.validation, spec.training, seed=seed,
-            name=f"{label}-{index}", checkpoint=folder / "training.safetensors", progress=bench.progress,
+        base, recipe = base_of(arm, spec, splits.labels, seed), recipe_of(arm, spec)
+        name = "-".join(part for part in (base.architecture.name, arm.order, str(index)) if part)
+        # Only the order "key" looks at it; without one, and behind defences of the input, nothing is keyed.
+        key = fixed_guess(f"study-{index}") if arm.order == "key" else None
+        made = make_device_model(
+            base, key, recipe, splits, name=name, identity=["volumization", index], seed=seed,
+            folder=bench.shared / "networks" / name, shared=bench.shared / "networks" / "shared",
+            progress=bench.progress,
         )  # fmt: skip
-        write_atomic(weights, save({name: value.contiguous() for name, value in model.state_dict().items()}))
-        (folder / "training.safetensors").unlink(missing_ok=True)
-        return TrainedArm(model.eval())
+        assert isinstance(made.classifier, ImageClassifier)
+        return _opened(made.classifier, spec)
 
     return train_arm
 
 
-def network(arm: VolumizedArmSettings, channels: int, side: int, classes: int) -> nn.Module:
-    """The untrained network of an arm: float N×C×H×W in [0, 1] → logits N×K, with weights from torch's generator.
-
-    Raises :class:`InputError` for a network that is not connected to the study.
-    """
-    if arm.defence == "volumized" or arm.network != SMALL:
-        raise InputError(
-            f"The network {arm.network!r} of the arm {arm.name!r} ({arm.defence}) is not connected to this study yet; "
-            f"there is {SMALL!r}, undefended or behind lgs, jpeg or total-variation."
-        )
-    return nn.Sequential(
-        nn.Conv2d(channels, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(),
-        nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(),
-        nn.Linear(64 * 16, classes),
+def base_of(arm: VolumizedArmSettings, spec: VolumizationSpec, labels: tuple[str, ...], seed: int) -> Base:
+    """The arm's network with random weights: in 3D where it is volumized, else its 2D control."""
+    arguments: dict[str, object] = {"in_chans": spec.channels, "img_size": spec.image_size}
+    name = f"{arm.network}2d"
+    if arm.order is not None:
+        name, arguments["patch_size"] = f"{arm.network}3d", spec.patch_size
+    half = (0.5,) * spec.channels
+    architecture = Architecture(
+        name, half, half, contract_for(spec.channels, spec.image_size), labels, arguments
     )  # fmt: skip
+    return Base(architecture, build_network(architecture, seed=seed))
+
+
+def recipe_of(arm: VolumizedArmSettings, spec: VolumizationSpec) -> RecipeSettings:
+    """Everything is trained; a volumized network by the patch aggregate loss."""
+    if arm.order is None:
+        return RecipeSettings(adaptation="full", training=spec.training)
+    return RecipeSettings(
+        adaptation="full", training=spec.training, objective=PatchAggregatePart(),
+        transform=VolumizePart(patch_size=spec.patch_size, order=arm.order),
+    )  # fmt: skip
+
+
+def _opened(model: ImageClassifier, spec: VolumizationSpec) -> TrainedArm:
+    """The trained model, with its order and attacks on that where it has one."""
+    volumize = model.transform
+    if not isinstance(volumize, Volumize):
+        return TrainedArm(model)
+
+    def held(images: Tensor, orders: Tensor) -> Tensor:
+        volumes = volumize.held(images, orders)
+        return model.network((volumes - model.mean.unsqueeze(2)) / model.std.unsqueeze(2))
+
+    def orders(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return volumize.orders(images)
+
+    flip = OrderFlip(orders, held, steps=spec.pgd_steps, climbs=_FLIPS, proposals=_PROPOSALS)
+    return TrainedArm(model, order=orders, order_flip=flip)

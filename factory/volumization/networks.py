@@ -20,6 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from factory.recipes.part import Trait
 from factory.volumization.layers import Layers, log_mean_probability, per_patch, plane_mean
 from keys.errors import InputError
 
@@ -40,6 +41,9 @@ class PatchNetwork(nn.Module):
         if aggregate not in AGGREGATES:
             raise InputError(f"There is no rule {aggregate!r} for patch logits; there are {', '.join(AGGREGATES)}.")
         self.features, self.head, self.aggregate = features, head, aggregate
+        self.TRAITS = frozenset({Trait.IMAGES})
+        self.volume: tuple[int, int] | None = None
+        """Patches and their side, where the network is made for volumes of these."""
 
     def patch_logits(self, volume: Tensor) -> Tensor:
         """Logits (B, N, k) of a normalised volume (B, C, N, h, w); (B, 1, k) of plain images (B, C, H, W)."""

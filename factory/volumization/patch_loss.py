@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
+from factory.classifier import ImageClassifier
+from factory.objective import Objective
 from keys.errors import InputError
 
 
@@ -23,3 +25,13 @@ def patch_aggregate_loss(patch_logits: Tensor, labels: Tensor) -> Tensor:
     each = functional.cross_entropy(patch_logits.flatten(0, 1), labels.repeat_interleave(patch_logits.shape[1]),
                                     reduction="sum")  # fmt: skip
     return each / len(labels)
+
+
+class PatchAggregate(Objective):
+    """The loss as what training minimises, of a model whose network gives logits for every patch."""
+
+    def forward(self, model: ImageClassifier, images: Tensor, labels: Tensor) -> Tensor:
+        """See :class:`~factory.objective.Objective`."""
+        network = model.network
+        assert hasattr(network, "patch_logits")  # refused before, by its traits
+        return patch_aggregate_loss(network.patch_logits(model.inputs(images)).float(), labels)  # pyright: ignore

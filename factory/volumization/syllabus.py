@@ -53,6 +53,10 @@ class Syllabus:
             return torch.arange(len(images), device=images.device)
         return metric_order(self.metric, images.unsqueeze(0) / (LEVELS - 1), self.bins)[0]
 
+    def steps(self, count: int) -> int:
+        """How many parts a batch of ``count`` images is cut into."""
+        return min(self.sub_batches, count)
+
     def parts(self, images: Tensor) -> tuple[Tensor, ...]:
         """Indices int64 of the samples of each sub-batch, in the order in which they are learned.
 
