@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from factory.progress import Progress
 from factory.studies.catalogue import run_study
 from factory.studies.spec import VolumizationSpec, VolumizedArmSettings, read_spec
 from factory.studies.volumization import AVERAGED, WORST, open_volumization, volumization
+from factory.studies.volumized_arms import arm_trainer
 from factory.studies.volumized_judgement import TrainedArm
 from keys.errors import InputError
 
@@ -236,7 +236,7 @@ def test_the_catalogue_runs_the_plain_arms_and_trains_each_network_once(
     assert {path.name for path in (tmp_path / "studies" / "volumization").iterdir()} == {
         "study.md", "study.json", "study.html", "figures",
     }  # fmt: skip
-    assert len(list(tmp_path.rglob("model.safetensors"))) == 1
+    assert len(list(tmp_path.rglob("adapter_model.safetensors"))) == 1
     assert share(rows(document, "Accuracy under 1 pixel")[0]["clean"]) > 0.2
     again = run_study(spec, "volumization", tmp_path / "studies", silent, "keyfoundry study volumization")
     assert again.sections == document.sections
@@ -253,12 +253,6 @@ def test_the_specs_of_the_whole_data_sets_have_the_papers_rows_and_the_controls(
     assert spec.pixels[-1] == 2 * spec.patch_size**2
 
 
-def test_a_network_that_is_not_connected_is_one_sentence(idx_folder: Path, tmp_path: Path, silent: Progress) -> None:
-    arms = "arms: [{name: a, network: tower, defence: volumized, order: kl}]\n"
-    with pytest.raises(InputError, match="'tower' of the arm 'a'"):
-        run_study(written_spec(tmp_path / "spec.yaml", idx_folder, arms), "v", tmp_path / "out", silent, "")
-
-
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -271,6 +265,7 @@ def test_a_network_that_is_not_connected_is_one_sentence(idx_folder: Path, tmp_p
         ("arms: [{name: a, defence: volumized}]\n", "names its order"),
         ("arms: [{name: a, order: kl}]\n", "names its order"),
         ("arms: [{name: a, defence: volumized, order: mi}]\n", "order"),
+        ("arms: [{name: a, network: tower}]\n", "'vgg', 'resnet' or 'efficientnet'"),
         ("arms: [{name: a}, {name: a, defence: lgs}]\n", "two arms have one name"),
     ],
 )
@@ -285,9 +280,21 @@ def test_a_faulty_spec_is_one_sentence(tmp_path: Path, text: str, said: str) -> 
     assert "\n" not in str(caught.value)
 
 
-def test_the_command_says_what_is_run(keyfoundry: Callable[..., Any], tmp_path: Path, idx_folder: Path) -> None:
-    written_spec(tmp_path / "spec.yaml", idx_folder, "arms: [{name: a, network: tower}]\n")
-    done = keyfoundry("study", "volumization", "--spec", tmp_path / "spec.yaml", "--out", tmp_path / "out")
-    assert done.code == 3
-    assert "1 × a" in done.err
-    assert "is not connected to this study yet" in done.err
+def test_volumized_arms_are_trained_by_their_recipe_and_attacked_through_their_order(
+    idx_folder: Path, tmp_path: Path, silent: Progress
+) -> None:
+    arms = "arms: [{name: mse, defence: volumized, order: mse}, {name: key, defence: volumized, order: key}]\n"
+    spec = written_spec(tmp_path / "spec.yaml", idx_folder, arms).model_copy(
+        update={"train_images": 100, "images": 6, "pixels": (1,), "patches": (0.1,), "places": ("drawn",), "queries": 2,
+                "patch_steps": 1, "pgd_steps": 2, "order_queries": 2}
+    )  # fmt: skip
+    with open_volumization(tmp_path / "studies", spec, silent) as bench:
+        sorting, keyed = (arm_trainer(bench)(arm, 1) for arm in spec.arms)
+    images = torch.rand(8, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    assert sorting.order is not None
+    assert keyed.order is not None
+    assert len(sorting.order(images).unique(dim=0)) > 1
+    assert len(keyed.order(images).unique(dim=0)) == 1
+    assert sorting.order_flip is not None
+    attacked = sorting.order_flip.generate(sorting.model, images, torch.zeros(8).long(), epsilon=0.03, seed=0)
+    assert 0 < (attacked - images).abs().max() <= 0.0301
