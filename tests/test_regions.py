@@ -104,6 +104,14 @@ def test_pixels_stay_in_their_region(
         assert changed.any()
 
 
+def test_five_attacks_in_one_centred_box_are_not_one_attack_five_times(
+    model: nn.Module, images: tuple[np.ndarray, np.ndarray]
+) -> None:
+    x, labels = floats(images[0][:5]), torch.from_numpy(images[1][:5])
+    found = [SparseSearch(1, region, "drawn").generate(model, x, labels, epsilon=250, seed=0) for region in Region]
+    assert len({candidates.numpy().tobytes() for candidates in found}) == 5
+
+
 def test_drawn_places_are_kept_and_their_colours_searched(
     model: nn.Module, images: tuple[np.ndarray, np.ndarray]
 ) -> None:

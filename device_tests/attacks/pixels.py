@@ -86,7 +86,7 @@ class SparseSearch:
         progress: Progress | None = None,
     ) -> torch.Tensor:
         """Candidates; see :class:`~device_tests.attacks.attack.Attack`. Without a success, the lowest margin found."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed if self.region is None else self.region.seed(seed))
         candidates = torch.empty_like(images)
         queries = Queries(model, progress)
         with at_rest(model):

@@ -86,5 +86,5 @@ class RegionPatch:
                 f"images {tuple(images.shape[1:])}; fit one of the right side."
             )
         box = self.region.holding_square(height, width, side)
-        spots = places(len(images), box.height, box.width, side, seed)
+        spots = places(len(images), box.height, box.width, side, self.region.seed(seed))
         return pasted(images, self.patch, spots + torch.tensor([box.top, box.left]))

@@ -51,6 +51,10 @@ class Region(Enum):
     BOTTOM_RIGHT = "bottom-right"
     CENTRE = "centre"
 
+    def seed(self, seed: int) -> int:
+        """The seed of this region's draws, so that five attacks in one centred box are not one attack five times."""
+        return seed * len(Region) + list(Region).index(self)
+
     def box(self, height: int, width: int) -> Box:
         """This region of a height × width image: a quadrant, or the box of half the height and width in the middle.
 
