@@ -32,6 +32,7 @@ from factory.studies.spec import (
     CollusionSpec,
     ConformitySpec,
     LocalizedSpec,
+    PurifierSpec,
     Spec,
     Table1Spec,
     VolumizationSpec,
@@ -137,7 +138,9 @@ def test_the_fleet_files_in_the_documents_are_read_and_are_equal() -> None:
 
 # Studies
 
-NESTED = ("data", "base", "lora_training", "full_training", "training", "arms", "surrogate", "surrogate_training")
+NESTED = (
+    "data", "base", "lora_training", "full_training", "training", "arms", "surrogate", "surrogate_training", "purifier",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -147,6 +150,7 @@ NESTED = ("data", "base", "lora_training", "full_training", "training", "arms", 
         ("`collusion`", CollusionSpec), ("`whitebox`", WhiteboxSpec), ("`localized`", LocalizedSpec),
         ("`volumization`", VolumizationSpec), ("An arm of `volumization`", VolumizedArmSettings),
         ("`conformity`", ConformitySpec),
+        ("`purifier`", PurifierSpec),
     ],
 )  # fmt: skip
 def test_the_tables_of_a_spec_are_those_of_the_code(heading: str, model: type[BaseModel]) -> None:

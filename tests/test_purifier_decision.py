@@ -8,18 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from device_tests.attacks.pgd import PGD
 from factory.base import SHIPPED, read_checkpoint
 from factory.classifier import ImageClassifier
 from factory.data import load_splits
 from factory.progress import Progress
-from factory.purifier.aware_attack import Blurred, PurifierBPDA
+from factory.purifier.aware_attack import PurifierBPDA
 from factory.purifier.baselines import psnr
 from factory.purifier.decision import Crossing, Decision, find_crossings, localise, stitch
 from factory.purifier.purify import Purified, purify
 from factory.purifier.settings import PurifierSettings
-from factory.purifier.trajectory import Reconstructions, judged
+from factory.purifier.trajectory import Reconstructions, judged, reconstruct
 from factory.settings import DataSettings
 from keys.errors import CheckFailed, InputError
 
@@ -228,13 +229,19 @@ def test_bpda_stays_in_its_ball_and_asks_a_new_seed_every_step(victims: Victims)
     assert not torch.equal(made, attack.generate(victims.model, images, labels, epsilon=8 / 255, seed=2))
 
 
-def test_an_attack_through_a_blur_makes_smoother_noise(victims: Victims) -> None:
-    images, labels = victims.clean[:8], victims.labels[:8]
-    made = PGD(10).generate(Blurred(victims.model), images, labels, epsilon=8 / 255, seed=0)
-    roughness = [
-        (noise[..., 1:] - noise[..., :-1]).abs().mean() for noise in (made - images, victims.attacked[:8] - images)
-    ]
-    assert roughness[0] < 0.9 * roughness[1]
+def test_an_attack_on_the_trajectory_raises_the_loss_of_its_reconstructions(victims: Victims) -> None:
+    settings = PurifierSettings(steps=40, recognisable=15.0)
+    images, labels = victims.clean[:4], victims.labels[:4]
+    attack = PurifierBPDA(settings, steps=3, samples=1, trajectory=True)
+    made = attack.generate(victims.model, images, labels, epsilon=8 / 255, seed=0)
+
+    def loss(given: Tensor) -> float:
+        logits = judged(reconstruct(given, settings), victims.model).logits[-2:]
+        return float(functional.cross_entropy(logits.flatten(0, 1), labels.repeat(2)))
+
+    noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)).sub(0.5).sign() * 8 / 255
+    assert loss(made) > loss((images + noise).clamp(0, 1))
+    assert (made - images).abs().max() <= 8 / 255 + 1e-6
 
 
 def test_a_checkpoint_of_the_whole_purifier_is_used(victims: Victims, tmp_path: Path) -> None:

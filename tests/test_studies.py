@@ -129,7 +129,9 @@ def test_all_studies_share_one_zoo(studies: tuple[Path, dict[str, StudyDocument]
 
 
 def test_the_shipped_specs_are_read_and_an_unknown_name_is_refused() -> None:
-    assert shipped_studies() == ("collusion", "conformity", "localized", "table1", "volumization", "whitebox")
+    assert shipped_studies() == (
+        "collusion", "conformity", "localized", "purifier", "table1", "volumization", "whitebox",
+    )  # fmt: skip
     assert [read_spec(name).study for name in shipped_studies()] == list(shipped_studies())
     with pytest.raises(InputError, match="no study 'table2'; there are collusion"):
         read_spec("table2")
@@ -161,7 +163,7 @@ def test_the_command_refuses_an_unknown_study_in_one_sentence(keyfoundry: Callab
     done = keyfoundry("study", "table2")
     assert done.code == 3
     assert done.err.count("\n") == 1
-    assert "there are collusion, conformity, localized, table1, volumization, whitebox" in done.err
+    assert "there are collusion, conformity, localized, purifier, table1, volumization, whitebox" in done.err
 
 
 def test_the_command_prints_the_document(

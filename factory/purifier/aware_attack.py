@@ -3,8 +3,8 @@
 The purifier optimises a network and bisects a boundary, and hands no gradient back. BPDA (Athalye, Carlini and Wagner,
 *Obfuscated Gradients Give a False Sense of Security*, ICML 2018, section 4.1) takes its output in the forward pass and
 the identity in the backward pass; EOT (section 4.2) averages that over the purifier's seeds, which an attacker does not
-know. An attack through a blur needs no purification at all: noise that is smooth is learned by the prior as early as
-the picture.
+know. Where the purifier finds no crossing it returns its input, and such a gradient no longer sees it: therefore the
+attack can also climb the loss of all reconstructions that have a vote, so that none of them keeps the true label.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from device_tests.attacks.ascent import ascend
 from device_tests.attacks.attack import Progress
@@ -22,13 +21,15 @@ from device_tests.attacks.gradients import loss_gradient
 from device_tests.perturbation import Norm
 from factory.purifier.purify import purify
 from factory.purifier.settings import PurifierSettings
+from factory.purifier.trajectory import reconstruct
 from factory.seeds import derive_seed
 
 
 @dataclass(frozen=True)
 class PurifierBPDA:
-    """PGD whose gradient is taken at the purified images, averaged over ``samples`` seeds of the purifier.
+    """PGD whose gradient is taken behind the purifier, averaged over ``samples`` of its seeds.
 
+    ``trajectory`` False: at the purified images. True: at the given image and all its recognisable reconstructions.
     ``steps`` and their lengths as in :class:`~device_tests.attacks.pgd.PGD`. Fits
     :class:`~device_tests.attacks.attack.Attack`; the model it is given is the classifier *behind* the purifier.
     """
@@ -37,11 +38,12 @@ class PurifierBPDA:
     steps: int = 10
     samples: int = 2
     reach: float = 2.0
+    trajectory: bool = False
 
     @property
     def name(self) -> str:
-        """``"purifier-bpda"``."""
-        return "purifier-bpda"
+        """``"purifier-bpda"`` or ``"purifier-trajectory"``."""
+        return "purifier-trajectory" if self.trajectory else "purifier-bpda"
 
     @property
     def norm(self) -> Norm:
@@ -52,8 +54,8 @@ class PurifierBPDA:
     def description(self) -> str:
         """Norm and budget in words."""
         return (
-            f"BPDA with EOT, L∞, {self.steps} steps from {self.reach:g}·ε to 0 along a cosine, {self.samples} seeds a "
-            f"step, through {self.purifier}"
+            f"BPDA with EOT on {'all reconstructions' if self.trajectory else 'the purified image'}, L∞, {self.steps} "
+            f"steps from {self.reach:g}·ε to 0 along a cosine, {self.samples} seeds a step, {self.purifier}"
         )
 
     @property
@@ -73,8 +75,11 @@ class PurifierBPDA:
             drawn = [derive_seed(seed, "bpda", asked, sample) for sample in range(self.samples)]
             asked += 1
             seeds = [one for one in drawn for _ in range(len(x))]
-            purified = purify(x.repeat(self.samples, 1, 1, 1), model, self.purifier, seeds=seeds).images
-            slope = loss_gradient(model, purified, truth.repeat(self.samples))
+            repeated, wanted = x.repeat(self.samples, 1, 1, 1), truth.repeat(self.samples)
+            if self.trajectory:
+                slope = self._slope_of_votes(model, repeated, wanted, seeds)
+            else:
+                slope = loss_gradient(model, purify(repeated, model, self.purifier, seeds=seeds).images, wanted)
             return slope.view(self.samples, *x.shape).mean(dim=0)
 
         turns = [math.pi * index / self.steps for index in range(self.steps)]
@@ -84,24 +89,11 @@ class PurifierBPDA:
             random_start=torch.Generator().manual_seed(seed), gradients_per_step=self.samples, progress=progress,
         )  # fmt: skip
 
-
-class Blurred(nn.Module):
-    """A classifier of images that are blurred first by a Gaussian of ``sigma`` pixels; mean logits with the sharp ones.
-
-    A gradient through it leads to noise that survives smoothing, and that fools the classifier without it as well.
-    """
-
-    def __init__(self, model: nn.Module, sigma: float = 1.0) -> None:
-        super().__init__()
-        self.model = model
-        place = torch.arange(-math.ceil(3 * sigma), math.ceil(3 * sigma) + 1, dtype=torch.float32)
-        line = torch.exp(-place.square() / (2 * sigma**2))
-        self.line: Tensor
-        self.register_buffer("line", line / line.sum())
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits N×K of images N×C×H×W in [0, 1]."""
-        line, radius = self.line, len(self.line) // 2
-        flat = F.pad(images.flatten(0, 1)[:, None], (radius,) * 4, mode="reflect")
-        soft = F.conv2d(F.conv2d(flat, line.view(1, 1, -1, 1)), line.view(1, 1, 1, -1)).view_as(images)
-        return (self.model(images) + self.model(soft)) / 2
+    def _slope_of_votes(self, model: nn.Module, images: Tensor, labels: Tensor, seeds: list[int]) -> Tensor:
+        drawn = reconstruct(images, self.purifier, seeds=seeds)
+        total = loss_gradient(model, images, labels)
+        for reconstructions, fidelity in zip(drawn.images, drawn.fidelity, strict=True):
+            votes = fidelity >= self.purifier.recognisable
+            if votes.any():
+                total[votes] += loss_gradient(model, reconstructions[votes], labels[votes])
+        return total

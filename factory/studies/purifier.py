@@ -1,8 +1,8 @@
 """What the purifier saves and what it costs: accuracy and picture quality, with and without it, and who breaks it.
 
 Four answers stand beside each other on the same images: no defence, JPEG, total variation, and the purifier. PGD
-knows nothing of any of them; PGD through a blur suspects that something smooths; BPDA with EOT knows the purifier and
-everything but its seed. A defence that is only measured on the first two is not measured.
+knows nothing of any of them; BPDA with EOT knows the purifier and everything but its seed, and is run on its output and
+on its whole trajectory. A defence that is only measured on the first is not measured.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from device_tests.report.study_document import (
 from device_tests.statistics import Pairs
 from device_tests.threats import Source, Threat
 from exporters.run_torch import TorchRuntime
-from factory.purifier.aware_attack import Blurred, PurifierBPDA
+from factory.purifier.aware_attack import PurifierBPDA
 from factory.purifier.baselines import jpeg, psnr, ssim, total_variation
 from factory.purifier.purify import purify
 from factory.purifier.settings import PurifierSettings
@@ -53,7 +53,7 @@ from keys.files import write_atomic
 GALLERY = "purified"
 NONE, JPEG, TV, PURIFIER = "no defence", "JPEG", "total variation", "purifier"
 DEFENCES = (NONE, JPEG, TV, PURIFIER)
-CLEAN, OBLIVIOUS, BLURRED, AWARE = "clean", "PGD", "PGD through a blur", "BPDA with EOT"
+CLEAN, OBLIVIOUS, AWARE, TRAJECTORY = "clean", "PGD", "BPDA with EOT", "BPDA on the trajectory"
 _FORMAT = "1"
 
 
@@ -116,16 +116,15 @@ def _measure(bench: Workbench, spec: PurifierSpec, victim: Victim) -> Measuremen
     on = bench.images()
     perturbation = Perturbation.parse(spec.perturbation)
     plain = PGD(steps=spec.attack_steps)
-    blurred = dataclasses.replace(victim.source, id=f"{victim.source.id}-blurred", model=Blurred(victim.model))
     few = min(spec.aware_images, len(on.images))
-    aware = PurifierBPDA(spec.purifier, steps=spec.aware_steps, samples=spec.aware_samples)
+    aware = {
+        name: _attacked(bench, victim.source, attack, perturbation, on.images[:few], on.labels[:few], spec.aware_batch)
+        for name, attack in _aware(spec).items()
+    }
     sets = {
         CLEAN: on.images,
-        OBLIVIOUS: _attacked(bench, victim.source, plain, perturbation, on.images, on.labels, "plain"),
-        BLURRED: _attacked(bench, blurred, plain, perturbation, on.images, on.labels, "blurred"),
-        AWARE: _attacked(
-            bench, victim.source, aware, perturbation, on.images[:few], on.labels[:few], "aware", spec.aware_batch
-        ),
+        OBLIVIOUS: _attacked(bench, victim.source, plain, perturbation, on.images, on.labels),
+        **aware,
     }
     return {
         name: _answered(bench, spec, victim, images, on.images[: len(images)], on.labels[: len(images)], name)
@@ -133,9 +132,14 @@ def _measure(bench: Workbench, spec: PurifierSpec, victim: Victim) -> Measuremen
     }
 
 
+def _aware(spec: PurifierSpec) -> dict[str, PurifierBPDA]:
+    output = PurifierBPDA(spec.purifier, steps=spec.aware_steps, samples=spec.aware_samples)
+    return {AWARE: output, TRAJECTORY: dataclasses.replace(output, trajectory=True)}
+
+
 def _attacked(
     bench: Workbench, source: Source, attack: Attack, perturbation: Perturbation, images: np.ndarray,
-    labels: np.ndarray, folder: str, batch: int | None = None,
+    labels: np.ndarray, batch: int | None = None,
 ) -> np.ndarray:  # fmt: skip
     """Adversarial images uint8 N×C×H×W, kept ``batch`` at a time (all at once for None)."""
     size = batch or len(images)
@@ -144,7 +148,7 @@ def _attacked(
     with bench.progress.stage(f"{attack.name} on {source.id}", total=total, unit="gradients") as stage:
         for start in range(0, len(images), size):
             part = slice(start, start + size)
-            cache = bench.shared / "purifier" / f"{source.id}-{folder}-{start:04d}"
+            cache = bench.shared / "purifier" / f"{source.id}-{start:04d}"
             made = craft(
                 source, [attack], images[part], labels[part], perturbation=perturbation, seed=bench.spec.seed,
                 cache=cache, progress=stage.advance,
@@ -327,30 +331,28 @@ def _gallery(bench: Workbench, found: Measurements) -> tuple[Section, list[Pictu
 
 
 def _conclusion(name: str, found: Measurements) -> list[str]:
-    clean, plain, blurred, aware = (found[one] for one in (CLEAN, OBLIVIOUS, BLURRED, AWARE))
+    clean, plain, aware, trajectory = (found[one] for one in (CLEAN, OBLIVIOUS, AWARE, TRAJECTORY))
     return [
         f"{name}: against PGD that knows of no defence, accuracy goes from {written(_share(plain.right[NONE]))} to "
         f"{written(_share(plain.right[PURIFIER]))} behind the purifier (JPEG {written(_share(plain.right[JPEG]))}, "
         f"total variation {written(_share(plain.right[TV]))}); on clean images it goes from "
         f"{written(_share(clean.right[NONE]))} to {written(_share(clean.right[PURIFIER]))}.",
-        f"{name}: PGD through a blur, which needs no access to the purifier, leaves "
-        f"{written(_share(blurred.right[PURIFIER]))} behind it; BPDA with EOT leaves "
-        f"{written(_share(aware.right[PURIFIER]))} of {len(aware.right[PURIFIER])} images.",
+        f"{name}: of {len(aware.right[PURIFIER])} images, BPDA with EOT on the purifier's output leaves "
+        f"{written(_share(aware.right[PURIFIER]))} right, and on its whole trajectory "
+        f"{written(_share(trajectory.right[PURIFIER]))}.",
     ]
 
 
 def _budgets(spec: PurifierSpec) -> list[BudgetLine]:
     attack = PGD(steps=spec.attack_steps)
-    aware = PurifierBPDA(spec.purifier, steps=spec.aware_steps, samples=spec.aware_samples)
     images, few, restart = str(spec.images), str(spec.aware_images), "1"
     smoothing = f"Chambolle, weight {spec.tv_weight:g}"
     return [
         BudgetLine(part=OBLIVIOUS, images=images, steps=attack.description, restarts=restart, queries="none"),
-        BudgetLine(
-            part=BLURRED, images=images, steps=f"{attack.description}; mean logits of sharp and blurred (σ = 1 pixel)",
-            restarts=restart, queries="none",
+        *(
+            BudgetLine(part=name, images=few, steps=attack.description, restarts=restart, queries="none")
+            for name, attack in _aware(spec).items()
         ),
-        BudgetLine(part=AWARE, images=few, steps=aware.description, restarts=restart, queries="none"),
         BudgetLine(
             part=PURIFIER, images=images, steps=f"{spec.purifier.steps} of the prior, per image", restarts=restart,
             queries=f"about {len(spec.purifier.kept_steps) + spec.purifier.bisections + 3} per image",

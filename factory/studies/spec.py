@@ -164,7 +164,7 @@ class PurifierSpec(Spec):
     perturbation: PerturbationText = "linf:8/255"
     purifier: PurifierSettings = PurifierSettings()
     attack_steps: int = Field(default=20, ge=1, description="of PGD")
-    aware_images: int = Field(default=8, ge=1, description="images of BPDA, the first ones")
+    aware_images: int = Field(default=8, ge=1, description="images of both kinds of BPDA, the first ones")
     aware_steps: int = Field(default=10, ge=1)
     aware_samples: int = Field(default=2, ge=1, description="seeds of the purifier for each of its steps")
     aware_batch: int = Field(default=4, ge=1, description="images attacked and kept at a time")
