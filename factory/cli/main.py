@@ -14,6 +14,7 @@ from factory.cli.info import info_command
 from factory.cli.keys import keys_app
 from factory.cli.pretrain import pretrain_command
 from factory.cli.provision import provision_command
+from factory.cli.purify import purify_command
 from factory.cli.stages import export_command, finetune_command, report_command, verify_command
 from factory.cli.study import study_command
 from keys.errors import KeyfoundryError
@@ -34,6 +35,7 @@ app.command("export")(export_command)
 app.command("verify")(verify_command)
 app.command("report")(report_command)
 app.command("study")(study_command)
+app.command("purify")(purify_command)
 app.command("info")(info_command)
 app.command("diff")(diff_command)
 app.add_typer(keys_app, name="keys")
