@@ -191,6 +191,14 @@ def _notes(findings: Findings) -> tuple[str, ...]:
         notes.append(
             "Colluding devices (T3) are not measured: that takes --budget standard and more devices than collude."
         )
+    for attack in attacks_of(findings.fleet.settings.verification):
+        without = [
+            one.source.id
+            for one in findings.sources
+            if one.source.differentiable and attack.name not in {*one.adversarial.images, *one.adversarial.failures}
+        ]
+        if without:
+            notes.append(f"{attack.name} was left out on {', '.join(without)}: it needs a Vision Transformer.")
     notes += [
         f"{verdict.candidate.name} shows signs of gradient masking ({'; '.join(found.reasons)}): its figures look "
         "better than they are."

@@ -16,7 +16,7 @@ import torch
 
 from device_tests.accuracy import accuracy
 from device_tests.attacks.attack import Attack
-from device_tests.attacks.catalogue import named_attacks
+from device_tests.attacks.catalogue import named_attacks, suited
 from device_tests.crafting import AdversarialSet, cached_images, content_key, craft
 from device_tests.evidence import Measured, Proportion, SelfCheck, measured_from_json
 from device_tests.perturbation import Perturbation
@@ -92,7 +92,13 @@ def attack_source(
     seed: int,
     progress: Progress,
 ) -> AttackedSource:
-    """Craft all attacks on ``source``, and check them against a strong attack on it (not where they are queries)."""
+    """Craft all attacks on ``source``, and check them against a strong attack on it (not where they are queries).
+
+    An attack that needs what the source's network does not have is left out, and that is said.
+    """
+    attacks, left_out = suited(attacks, source.model, source.id)
+    for sentence in left_out:
+        progress.say(sentence)
     work = len(on.images) * sum(attack.gradients_per_image for attack in attacks)
     left = gradients_left(source, attacks, on, perturbation=perturbation, seed=seed)
     with contextlib.ExitStack() as stages:
@@ -117,7 +123,7 @@ def gradients_left(
 ) -> int:
     """Gradients that the attacks still need, at most: those of images that are not in the cache."""
     left = 0
-    for attack in attacks:
+    for attack in suited(attacks, source.model, source.id)[0]:
         done = cached_images(
             source, attack, on.images, on.labels, perturbation=perturbation, seed=seed, cache=on.cache / source.id
         )

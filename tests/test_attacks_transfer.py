@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from device_tests.attacks.attack import Attack
 from device_tests.attacks.block_shuffle_rotation import BlockShuffleRotation
+from device_tests.attacks.catalogue import named_attacks, suited
 from device_tests.attacks.gradients import at_rest, loss_gradient
 from device_tests.attacks.input_diversity import InputDiversity
 from device_tests.attacks.momentum import MomentumFGSM
@@ -198,6 +199,18 @@ def test_a_model_without_vit_blocks_is_refused() -> None:
         with pytest.raises(InputError, match=r"Vision Transformer.*Sequential has none"):
             TokenGradient().generate(model, images, labels, epsilon=0.03, seed=0)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_an_attack_is_left_out_where_its_source_is_no_vit() -> None:
+    attacks = named_attacks(["pgd", "mi-tgr"], pgd_steps=2, momentum_steps=2)
+    vit_and_linear = Ensemble([tiny_vit(0), nn.Sequential(nn.Flatten(), nn.Linear(784, 10))])
+    assert suited(attacks, tiny_vit(0), "base") == (attacks, ())
+    left, sentences = suited(attacks, vit_and_linear, "base")
+    assert [attack.name for attack in left] == ["pgd"]
+    assert len(sentences) == 1
+    assert sentences[0].startswith("mi-tgr is left out on base: Token gradient regularisation needs a Vision Transf")
+    with pytest.raises(InputError, match=r"No attack is left for base\. Token gradient"):
+        suited(attacks[1:], vit_and_linear, "base")
 
 
 def test_an_ensembles_gradient_is_the_sum_of_its_members_parts() -> None:

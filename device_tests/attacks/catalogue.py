@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import nn
 
 from device_tests.attacks.apgd import APGD
 from device_tests.attacks.attack import Attack
@@ -19,7 +21,7 @@ from device_tests.attacks.input_diversity import InputDiversity
 from device_tests.attacks.momentum import MomentumFGSM
 from device_tests.attacks.operator_perturbation import OperatorPerturbation
 from device_tests.attacks.pgd import PGD
-from device_tests.attacks.token_gradient import TokenGradient
+from device_tests.attacks.token_gradient import TokenGradient, without_blocks
 from device_tests.perturbation import Norm
 from keys.errors import InputError
 
@@ -70,6 +72,22 @@ def named_attacks(
         _of_foolbox(name) if name.startswith(_FOOLBOX) else _MAKERS[name](pgd_steps, momentum_steps, bf16)
         for name in wanted
     )
+
+
+def suited(attacks: Sequence[Attack], model: nn.Module, source: str) -> tuple[tuple[Attack, ...], tuple[str, ...]]:
+    """The attacks that can be run on the ``model`` of a ``source``, and a sentence for each that cannot.
+
+    Raises :class:`InputError` if none is left.
+    """
+    faults = {
+        attack.name: fault
+        for attack in attacks
+        if isinstance(attack, TokenGradient) and (fault := without_blocks(model)) is not None
+    }
+    if attacks and len(faults) == len(attacks):
+        raise InputError(f"No attack is left for {source}. {next(iter(faults.values()))}")
+    left_out = tuple(f"{name} is left out on {source}: {fault}" for name, fault in faults.items())
+    return tuple(attack for attack in attacks if attack.name not in faults), left_out
 
 
 def _of_foolbox(name: str) -> Attack:

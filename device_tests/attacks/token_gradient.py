@@ -97,14 +97,22 @@ def without_extreme_pairs(gradient: torch.Tensor, factor: float) -> torch.Tensor
     return gradient * (factor * keep_rows)[..., None] * keep_columns[..., None, :]
 
 
+def without_blocks(model: nn.Module) -> str | None:
+    """Why the attack cannot be run on ``model``: it, or a member of it, has no ViT blocks; None if all have some."""
+    for member in members_of(model):
+        if not any(_is_block(module) for module in member.modules()):
+            return (
+                "Token gradient regularisation needs a Vision Transformer with blocks like timm's, and "
+                f"{type(member).__name__} has none; attack it with another attack."
+            )
+    return None
+
+
 def _blocks(model: nn.Module) -> list[Any]:
-    blocks = [module for module in model.modules() if _is_block(module)]
-    if not blocks:
-        raise InputError(
-            f"Token gradient regularisation needs a Vision Transformer with blocks like timm's, and "
-            f"{type(model).__name__} has none; attack it with another attack."
-        )
-    return blocks
+    fault = without_blocks(model)
+    if fault is not None:
+        raise InputError(fault)
+    return [module for module in model.modules() if _is_block(module)]
 
 
 def _is_block(module: nn.Module) -> bool:
