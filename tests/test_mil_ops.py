@@ -58,6 +58,7 @@ TWO = ((1, 3, 4), (1, 3, 4))
 ROW = (1, 6, 8)
 IMAGE = (1, 4, 8, 8)
 VOLUME = (1, 4, 5, 7, 6)
+_AVERAGE_OF_WHAT_IS_THERE = nn.AvgPool2d(3, stride=2, padding=1, count_include_pad=False)
 INDICES = torch.tensor([3, 0, 2])
 LOOKED_UP = torch.tensor([5.0, -1.0, 0.5, 3.0, 8.0, 2.0, 7.0, 1.0])
 TABLE = torch.arange(10) ** 2
@@ -101,6 +102,9 @@ CASES = [
     layer("layer norm", "layer_norm", nn.LayerNorm(8, eps=1e-6), ROW),
     layer("layer norm, two axes", "layer_norm", nn.LayerNorm((6, 8)), ROW),
     layer("layer norm, no weights", "layer_norm", nn.LayerNorm(8, elementwise_affine=False), ROW),
+    layer("conv grouped, strided, padded", "conv", nn.Conv2d(4, 8, 5, stride=2, padding=2, groups=4), IMAGE),
+    layer("conv depthwise, same", "conv", nn.Conv2d(4, 4, 5, padding="same", groups=4), IMAGE),
+    layer("conv 1×1, strided", "conv", nn.Conv2d(4, 6, 1, stride=2, bias=False), IMAGE),
     layer("max pool", "max_pool", nn.MaxPool2d(3, stride=2, padding=1), IMAGE),
     layer("conv 3-D", "conv", nn.Conv3d(4, 6, 3, padding=1), VOLUME),
     layer("conv 3-D, deep and odd", "conv", nn.Conv3d(4, 6, (4, 3, 2), (1, 2, 1), (2, 1, 0), bias=False), VOLUME),
@@ -117,6 +121,15 @@ CASES = [
     case("marks", "one_hot", lambda x: F.one_hot(whole(x).long().clamp(0, 4), 5) * 2.0, ROW),
     case("extremes", "reduce_argmax reduce_argmin", lambda x: (x.argmax(1) * 9 + x.argmin(-1).sum()) * 1.0, ROW),
     case("looked up", "gather", lambda x: TABLE.index_select(0, whole(x).clamp(0, 9).flatten()) * 1.0, ROW),
+    layer("average pool", "avg_pool", nn.AvgPool2d(2), IMAGE),
+    layer("average pool, padded", "avg_pool", nn.AvgPool2d(3, stride=2, padding=1), IMAGE),
+    layer("average pool, padding not counted", "avg_pool", _AVERAGE_OF_WHAT_IS_THERE, IMAGE),
+    case("average over space", "reduce_mean", lambda x: F.adaptive_avg_pool2d(x, 1), IMAGE),
+    layer("prelu", "prelu", nn.PReLU(4), IMAGE),
+    case("leaky relu", "leaky_relu", lambda x: F.leaky_relu(x, 0.3), IMAGE),
+    case("relu6", "relu6", lambda x: F.relu6(9 * x), ROW),
+    case("hard sigmoid", "sigmoid_hard", lambda x: F.hardsigmoid(4 * x), ROW),
+    case("hard swish", "sigmoid_hard thresholded_relu", lambda x: F.hardswish(4 * x), ROW),
     case("pad", "pad", lambda x: F.pad(x, (1, 2, 0, 3), value=0.5), IMAGE),
     case("mean, kept", "reduce_mean", lambda x: x.mean(1, keepdim=True), ROW),
     case("mean of two", "reduce_mean", lambda x: x.mean((2, 3)), IMAGE),
@@ -184,7 +197,10 @@ def test_fp32_agrees_with_torch(row: Case, tmp_path: Path) -> None:
     np.testing.assert_allclose(evaluator.run(values)["out"], by_torch(row.module, values), rtol=2e-5, atol=2e-5)
 
 
-ROUNDED = ["arithmetic", "gelu", "softmax last", "linear", "patch embedding", "layer norm", "gather", "unshuffle"]
+ROUNDED = [
+    "arithmetic", "gelu", "softmax last", "linear", "patch embedding", "layer norm", "gather", "unshuffle", "prelu",
+    "average pool, padded",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("row", [row for row in CASES if row.name in ROUNDED], ids=lambda row: row.name)

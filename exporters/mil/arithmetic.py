@@ -88,6 +88,40 @@ def _clip(call: Call) -> np.ndarray:
     return np.clip(call.tensor("x"), call.number("alpha", -np.inf), call.number("beta", np.inf))
 
 
+@operator("prelu", "x alpha")
+def _prelu(call: Call) -> np.ndarray:
+    """x where it is positive, else x times the slope of its channel, the program's axis 1."""
+    # He et al., "Delving Deep into Rectifiers", arXiv 1502.01852, eq. 1.
+    x, alpha = call.tensor("x"), call.constant("alpha")
+    if alpha.shape != x.shape[2:3] or x.ndim < 4:
+        raise call.unknown(f"has slopes of the shape {alpha.shape} for an x of {x.shape[1:]}")
+    return np.where(x > 0, x, x * alpha.reshape(-1, *(1,) * (x.ndim - 3)))
+
+
+@operator("leaky_relu", "x alpha")
+def _leaky_relu(call: Call) -> np.ndarray:
+    x = call.tensor("x")
+    return np.where(x > 0, x, x * call.number("alpha", 0.01))
+
+
+@operator("relu6", "x")
+def _relu6(call: Call) -> np.ndarray:
+    return np.clip(call.tensor("x"), 0, np.float32(6))
+
+
+@operator("thresholded_relu", "x alpha")
+def _thresholded_relu(call: Call) -> np.ndarray:
+    """x where it is at least alpha, else zero."""
+    x = call.tensor("x")
+    return np.where(x >= call.number("alpha", 1.0), x, np.float32(0))
+
+
+@operator("sigmoid_hard", "x alpha beta")
+def _sigmoid_hard(call: Call) -> np.ndarray:
+    """max(0, min(1, alpha·x + beta)); a hard swish is x times this with 1/6 and 1/2."""
+    return np.clip(call.tensor("x") * call.number("alpha", 0.2) + call.number("beta", 0.5), 0, np.float32(1))
+
+
 @operator("gelu", "x mode")
 def _gelu(call: Call) -> np.ndarray:
     # Hendrycks & Gimpel, "Gaussian Error Linear Units", arXiv 1606.08415: x·Φ(x) and its two approximations.

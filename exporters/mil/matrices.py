@@ -108,6 +108,28 @@ def _max_pool(call: Call) -> np.ndarray:
     return windows[(slice(None),) * 3 + places].max(axis=tuple(range(x.ndim, windows.ndim)))
 
 
+@operator("avg_pool", "x kernel_sizes strides pad_type pad exclude_padding_from_average ceil_mode")
+def _avg_pool(call: Call) -> np.ndarray:
+    """The mean under each window: x 1×C×…, over the spatial axes; padding counts as zeros, or not at all."""
+    x = call.tensor("x")
+    kernel = call.integers("kernel_sizes")
+    strides = call.integers("strides") if call.has("strides") else (1,) * len(kernel)
+    if call.flag("ceil_mode") or min(*kernel, *strides) < 1:
+        raise call.unknown(f"pools over incomplete windows, or over {kernel} at every {strides}")
+    padding = _spatial_padding(call, x.shape[3:], kernel, strides)
+    call.expect((*x.shape[1:3], *_places(call, x.shape[3:], padding, kernel, strides)))
+    spatial = tuple(range(3, x.ndim))
+    places = (slice(None),) * 3 + tuple(slice(None, None, step) for step in strides)
+
+    def summed(values: np.ndarray) -> np.ndarray:
+        windows = _windows(np.pad(values, [(0, 0)] * 3 + padding), kernel, spatial)[places]
+        return windows.sum(axis=tuple(range(values.ndim, windows.ndim)))
+
+    if not call.flag("exclude_padding_from_average"):
+        return summed(x) / np.float32(math.prod(kernel))
+    return summed(x) / summed(np.ones((1, 1, 1, *x.shape[3:]), np.float32))
+
+
 def _windows(x: np.ndarray, size: tuple[int, ...], axes: tuple[int, ...]) -> np.ndarray:
     """All windows of ``size`` over ``axes``, as that many more axes behind; a view."""
     # NumPy's own stub knows one axis only, its function takes several.
