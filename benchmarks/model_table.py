@@ -1,6 +1,7 @@
 """Which of timm's models export with parity, and which can be a keyed base: one row each, as Markdown.
 
-Every model has random weights, at most two blocks and small images where its architecture allows it: what is measured
+Every model has random weights, at most two blocks and small images where its architecture allows it (but for a few
+whole ones, on two images): what is measured
 is whether the operators of its kind are exported right, not whether a trained model of full depth stays within the
 limits (a package's own parity does that). A number is the largest difference of a logit as a share of the largest, on
 random 8-bit images, from torch in float32; ✗ marks one beyond the limits of ``exporters.parity``. Core ML programs are
@@ -39,7 +40,7 @@ from factory.recipes.recipe import ADAPTATION_NEEDS
 from keys.errors import InputError
 
 LABELS = tuple(f"class {index}" for index in range(10))
-SEED, IMAGES = 0, 16
+SEED, IMAGES, WHOLE_IMAGES = 0, 16, 2
 COREML: tuple[tuple[Precision, Target], ...] = (
     ("fp32", "iOS16"), ("fp16", "iOS16"), ("fp16", "iOS17"), ("fp16", "iOS18"),
 )  # fmt: skip
@@ -51,13 +52,14 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Row:
-    """A timm model, what it stands for, its images' side in pixels, and how it is made small."""
+    """A timm model, what it stands for, the side of its images in pixels, how it is made small or that it is whole."""
 
     name: str
     what: str
     size: int = 64
     arguments: dict[str, Any] = field(default_factory=lambda: {"depth": 2})
     all_opsets: bool = False
+    whole: bool = False
 
 
 ROWS = (
@@ -92,6 +94,15 @@ ROWS = (
     Row("swin_tiny_patch4_window7_224", "windows", 224, {"depths": (1, 1, 1, 1)}),
     Row("mixer_s32_224", "no attention", 64, {}),
     Row("resnet18", "convolutions", 64, {}),
+    Row("resnet18_small", "stem 3×3, no pooling behind it", 32, {}),
+    Row("bottleneck_resnet", "the conformity paper's ResNet, depth 20", 32, {"depth": 20}),
+    Row("convmixer_small", "ConvMixer-256/2, patches of 2", 32, {"depth": 2}),
+    Row("cnn6", "the conformity paper's CNN-6 on RGB", 32, {"in_chans": 3}),
+    Row("vgg11_small", "VGG-11 with one linear layer", 32, {}),
+    Row("resnet50", "the key-based paper's [16], whole", 224, {}, whole=True),
+    Row("convmixer_768_32", "the key-based paper's [67], whole", 224, {}, whole=True),
+    Row("vgg11", "133 M parameters, whole", 224, {}, whole=True),
+    Row("vgg16", "138 M parameters, whole", 224, {}, whole=True),
 )
 
 
@@ -99,11 +110,13 @@ def build(row: Row) -> nn.Module:
     """The row's model in evaluation mode; every parameter is random, also those that start at zero or one."""
     set_fused_attn(False)
     torch.manual_seed(SEED)
-    architecture = timm_architecture(row.name, LABELS, row.size, row.arguments)
-    model = timm.create_model(row.name, num_classes=len(LABELS), **architecture.arguments).eval()
+    arguments = timm_architecture(row.name, LABELS, row.size, row.arguments).arguments
+    model = timm.create_model(row.name, num_classes=len(LABELS), **arguments).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
+            # The weights of whole networks are small: with more noise than that, activations would leave float16.
+            noise = 0.02 * (float(parameter.std()) if row.whole and parameter.ndim > 1 else 1)
+            parameter.add_(noise * torch.randn_like(parameter))
     return model
 
 
@@ -111,7 +124,7 @@ def cells(row: Row, folder: Path) -> list[str]:
     """The row of the table, in the order of COLUMNS."""
     model = build(row)
     contract = InputContract(channels=3, height=row.size, width=row.size, resize="none")
-    levels = np.random.default_rng(SEED).integers(0, 256, (IMAGES, *contract.shape))
+    levels = np.random.default_rng(SEED).integers(0, 256, (WHOLE_IMAGES if row.whole else IMAGES, *contract.shape))
     images = levels.astype(np.float32) / 255
     reference = TorchRuntime(model)
 

@@ -339,7 +339,10 @@ def test_a_network_that_cannot_be_traced_stays() -> None:
 FORMATS = ("onnx-fp32", "onnx-fp16", "onnx-int8", "coreml-fp32", "coreml-fp16", "coreml-int8")
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=ids)
+EXPORTED = [kind for kind in KINDS if kind.size == 28 or kind.name == "bottleneck_resnet"]
+
+
+@pytest.mark.parametrize("kind", EXPORTED, ids=ids)
 def test_a_device_from_the_template_has_the_bytes_of_a_full_conversion(kind: Kind, tmp_path: Path) -> None:
     base = built(kind)
     plan = ExportPlan(base.architecture.contract, LABELS, FORMATS)

@@ -45,6 +45,7 @@ def pretrain_command(
         --model-arg depth=6 --model-arg patch_size=7 --out base.safetensors
       keyfoundry pretrain --data '' --data-root ../shared/data/cifar10 --image-size 64 --channels 3 \\
         --model-arg depth=6 --model-arg patch_size=16 --out cifar10.safetensors
+      keyfoundry pretrain --architecture resnet18_small --epochs 5 --out resnet18.safetensors
     """
     from factory.base import contract_for, timm_architecture
     from factory.data import load_splits

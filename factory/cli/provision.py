@@ -20,7 +20,7 @@ def provision_command(
     out: Out = DEFAULT_OUT,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="Fleet file (TOML or YAML).")] = None,
     devices: Annotated[str | None, typer.Option(help="A number of devices, or their ids, separated by commas.")] = None,
-    base: Annotated[str | None, typer.Option(help="shipped, a timm ViT name, or a checkpoint's path.")] = None,
+    base: Annotated[str | None, typer.Option(help="shipped, a timm name, or a checkpoint's path.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Input size of a timm base.")] = None,
     random_weights: Annotated[
         bool | None, typer.Option("--random-weights", help="Do not load a timm base's pre-trained weights.")
@@ -29,7 +29,7 @@ def provision_command(
         str | None, typer.Option(help="sample, idx, or any timm.data.create_dataset name ('' for a folder).")
     ] = None,
     data_root: Annotated[Path | None, typer.Option(help="Folder of the data set.")] = None,
-    block_size: Annotated[int | None, typer.Option(help="M of the block shuffle; default: the patch size.")] = None,
+    block_size: Annotated[int | None, typer.Option(help="M of the block shuffle; default: the patch size, or 4.")] = None,
     adaptation: Annotated[str | None, typer.Option(help="lora, full or patch-embedding-head.")] = None,
     rank: Annotated[int | None, typer.Option(help="LoRA rank r.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of fine-tuning per device.")] = None,
