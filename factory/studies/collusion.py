@@ -164,9 +164,9 @@ def _against_control(lines: Sequence[Line]) -> list[str]:
     said: list[str] = []
     for line in lines:
         for control in lines:
-            if line.arm.block_size is None or control.arm.block_size is not None:
+            if not line.arm.keyed or control.arm.keyed:
                 continue
-            if control.arm.adaptation != line.arm.adaptation:
+            if control.arm.adapts != line.arm.adapts:
                 continue
             for count in sorted(set(line.judged) & set(control.judged)):
                 gained = in_words(advantage(control.judged[count], line.judged[count], worst_over()))

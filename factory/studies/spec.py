@@ -61,9 +61,22 @@ class ArmSettings(Section):
     adaptation: Literal["lora", "full", "patch-embedding-head"] = "lora"
     block_size: int | None = Field(default=None, ge=1, description="M; none: no key, a control")
     reinitialise_patch_embedding: bool = False
+    recipe: dict[str, Any] = Field(
+        default={}, description="a whole recipe, as in a fleet file, over the study's and over the fields above"
+    )
     models: int = Field(default=3, ge=2, description="each is a target, and a guessed key to all the others")
     images: int | None = Field(default=None, ge=1, description="test images that are attacked; default: the study's")
     in_depth: bool = Field(default=False, description="also the norms and ensembles that the screened arms go without")
+
+    @property
+    def keyed(self) -> bool:
+        """Whether its models have keys: it names a block size, here or in its recipe."""
+        return self.recipe.get("block_size", self.block_size) is not None
+
+    @property
+    def adapts(self) -> str:
+        """How its models are adapted."""
+        return self.recipe.get("adaptation", self.adaptation)
 
 
 class Spec(Section):
@@ -97,14 +110,20 @@ class Spec(Section):
         return self
 
     def arm(self, settings: ArmSettings) -> Arm:
-        """The arm that the settings state."""
-        full = settings.adaptation == "full"
-        recipe = RecipeSettings(
-            adaptation=settings.adaptation, block_size=settings.block_size, rank=self.rank, alpha=self.alpha,
-            reinitialise_patch_embedding=settings.reinitialise_patch_embedding,
-            training=self.full_training if full else self.lora_training,
-        )  # fmt: skip
-        return Arm(settings.name, recipe, keyed=settings.block_size is not None)
+        """The arm that the settings state; raises ValueError naming the part of its recipe that is wrong."""
+        training = self.full_training if settings.adapts == "full" else self.lora_training
+        values: dict[str, Any] = {
+            "adaptation": settings.adaptation, "block_size": settings.block_size, "rank": self.rank,
+            "alpha": self.alpha, "reinitialise_patch_embedding": settings.reinitialise_patch_embedding,
+            **settings.recipe, "training": training.model_dump() | settings.recipe.get("training", {}),
+        }  # fmt: skip
+        try:
+            recipe = RecipeSettings.model_validate(values)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            place = ".".join(str(part) for part in fault["loc"])
+            raise ValueError(f"the recipe of arm {settings.name}, {place}: {fault['msg']}") from error
+        return Arm(settings.name, recipe, keyed=settings.keyed)
 
 
 class Table1Spec(Spec):

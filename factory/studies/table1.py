@@ -24,7 +24,7 @@ from device_tests.threats import Threat
 from device_tests.transfer import TargetJudgement
 from exporters.measured import NotMeasured
 from exporters.run_torch import TorchRuntime
-from factory.classifier import ImageClassifier
+from factory.keyed_transforms.key_ensemble import DeviceClassifier, behind
 from factory.studies.canary_section import canary_section
 from factory.studies.spec import ArmSettings, Table1Spec
 from factory.studies.study_report import cell, complement, difference, study_document, written
@@ -254,12 +254,12 @@ def _transfer_section(
 
 
 def _controls_section(rows: Sequence[Row], attackers: dict[Battery, list[Attacker]]) -> Section:
-    keyed = [row for row in rows if row.arm.block_size is not None]
-    controls = [row for row in rows if row.arm.block_size is None]
+    keyed = [row for row in rows if row.arm.keyed]
+    controls = [row for row in rows if not row.arm.keyed]
     lines: list[tuple[TableCell, ...]] = []
     for row in keyed:
         for control in controls:
-            if control.arm.adaptation != row.arm.adaptation:
+            if control.arm.adapts != row.arm.adapts:
                 continue
             for battery, group in attackers.items():
                 for attacker in group:
@@ -296,7 +296,7 @@ def _why_section(bench: Workbench, rows: Sequence[Row]) -> Section:
         first, other = row.members[0], row.members[1]
         predicted = predict(TorchRuntime(first.baked), on.images)
         with_key = predicted == truth
-        if row.arm.block_size is None:
+        if not row.arm.keyed:
             wrong_key: TableCell = "no key"
             no_key: TableCell = "no key"
         else:
@@ -329,12 +329,9 @@ def _why_section(bench: Workbench, rows: Sequence[Row]) -> Section:
     )  # fmt: skip
 
 
-def _through(member: Member, other: ImageClassifier | None, images: np.ndarray) -> np.ndarray:
-    """Predictions of a model behind another's shuffle, or behind none."""
-    own = member.model.classifier
-    swapped = ImageClassifier(
-        own.network, own.mean.flatten().tolist(), own.std.flatten().tolist(), None if other is None else other.transform
-    )
+def _through(member: Member, other: DeviceClassifier | None, images: np.ndarray) -> np.ndarray:
+    """Predictions of a model behind another's transform, or behind none."""
+    swapped = behind(member.model.classifier, other)
     return predict(TorchRuntime(swapped), images)
 
 
