@@ -9,7 +9,16 @@ from types import ModuleType
 
 import pytest
 
-from benchmarks import attack_throughput, autoattack_time, export_fleet, export_time, latency, marginal_device
+from benchmarks import (
+    attack_throughput,
+    autoattack_time,
+    export_fleet,
+    export_time,
+    latency,
+    marginal_device,
+    training_cost,
+    undoing_keys,
+)
 
 RATIO = re.compile(r"\d+\.\d{2,3} \(\d+\.\d{2,3}–\d+\.\d{2,3}\)")
 
@@ -80,3 +89,36 @@ def test_latency_is_compared_in_turns(tmp_path: Path, capsys: pytest.CaptureFixt
     assert results["plain"]["ratio"] == 1
     assert min(results["plain, int8"]["cosines"]) > 0.9
     assert results["plain, int8"]["bytes"] < results["plain, fp16 weights"]["bytes"] < results["plain"]["bytes"]
+
+
+def test_adaptations_are_trained_in_turns(
+    tiny_base_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "record.json"
+    small = ["--base", str(tiny_base_path), "--batch-size", "4", "--steps", "1", "--rounds", "2", "--threads", "1"]
+    assert training_cost.main([*small, "--json", str(path)]) == 0
+    assert RATIO.search(capsys.readouterr().out)
+    results = json.loads(path.read_text())["results"]
+    assert set(results) == {"full", "lora", "patch-embedding-head"}
+    assert results["full"]["share"] == 1
+    assert results["full"]["time over full"]["median"] == 1
+    for cheap in ("lora", "patch-embedding-head"):
+        assert results[cheap]["trainable_parameters"] < results["full"]["trainable_parameters"]
+        assert results[cheap]["kept_bytes"] < results["full"]["kept_bytes"]
+    assert results["full"]["kept_bytes"] > 4 * results["full"]["trainable_parameters"]
+
+
+def test_a_first_layer_of_enough_rank_undoes_what_is_affine(
+    tiny_base_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "record.json"
+    small = ["--base", str(tiny_base_path), "--images", "200", "--keys", "2", "--ranks", "0", "4", "49"]
+    assert undoing_keys.main([*small, "--json", str(path)]) == 0
+    assert "rank for every patch" in capsys.readouterr().out
+    results = json.loads(path.read_text())["results"]
+    for found in results.values():
+        for line in found["left_over"]:
+            assert line["0"] > line["4"] > line["49"] >= 0
+    assert results["bit flip"]["rank_to_undo"] == [24, 24]
+    assert max(line["49"] for line in results["shuffle"]["left_over"]) < 1e-3
+    assert min(line["49"] for line in results["format-preserving"]["left_over"]) > 0.01
