@@ -17,6 +17,7 @@ from pydantic_core import ErrorDetails
 
 from device_tests.perturbation import Norm, Perturbation
 from exporters.formats import DEFAULT_FORMATS, OPSET, OPSETS, named_formats
+from factory.recipes.format_preserving import FormatPreservingPart
 from factory.recipes.recipe import RecipeSettings
 from factory.section import Section
 from keys.errors import InputError
@@ -204,10 +205,14 @@ class FleetSettings(Section):
 
     @model_validator(mode="after")
     def _adapters(self) -> FleetSettings:
-        if self.export.adapters and self.recipe.adaptation != "lora":
-            raise ValueError(f"export.adapters needs recipe.adaptation lora, not {self.recipe.adaptation}")
-        if self.export.adapters and self.recipe.keys is not None:
+        recipe = self.recipe
+        if self.export.adapters and recipe.adaptation != "lora":
+            raise ValueError(f"export.adapters needs recipe.adaptation lora, not {recipe.adaptation}")
+        if self.export.adapters and recipe.keys is not None:
             raise ValueError("export.adapters needs one key per device, not an ensemble as recipe.keys asks for")
+        encryption = recipe.transform if isinstance(recipe.transform, FormatPreservingPart) else None
+        if self.export.adapters and encryption is not None and encryption.codes != 256:
+            raise ValueError(f"export.adapters needs format-preserving encryption of 256 codes, not {encryption.codes}")
         return self
 
     @property
