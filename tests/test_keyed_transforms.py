@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from exporters.contract import InputContract
+from exporters.adapter.adapter_file import ADAPTER_NAME, read_adapter
 from exporters.export import ExportPlan, Templates, export
 from exporters.formats import FORMATS
 from exporters.run_coreml import CoreMLEvaluator
 from exporters.run_onnx import OnnxRuntime
 from exporters.run_torch import TorchRuntime
 from factory.adaptation import adapt
+from factory.adapter_package import export_adapter_package, export_base_package
 from factory.base import Base
 from factory.block_shuffle import BlockShuffle
 from factory.classifier import ImageClassifier
@@ -34,16 +36,19 @@ from factory.keyed_transforms.places import (
     keyed_half,
     keyed_order,
 )
+from factory.packaging import Identity, export_package
+from factory.progress import Progress
 from factory.recipes.bit_flip import BitFlipPart
+from factory.recipes.block_shuffle import BlockShufflePart
 from factory.recipes.format_preserving import FormatPreservingPart
 from factory.recipes.recipe import RecipeSettings
+from factory.settings import FleetSettings, parse
 from factory.vits import KeyedVit
 from keys.derive import DeviceKey, fixed_guess
 from keys.errors import InputError
 from keys.permutation import permutation
 
 KEY = fixed_guess("device")
-CONTRACT = InputContract(channels=1, height=28, width=28, resize="none")
 PURPOSES = (FLIPPED_PLACES, ENCRYPTED_PLACES, ENCRYPTION_TABLE, CHOICE_OF_MEMBER)
 PARTS = [
     BitFlipPart(), BitFlipPart(shuffle=True), FormatPreservingPart(), FormatPreservingPart(shuffle=True),
@@ -285,6 +290,37 @@ def test_packages_answer_alike_and_come_from_a_template(
         assert np.abs(TorchRuntime(other).logits(grey.numpy()) - reference).max() > 0.1 * np.abs(reference).max()
 
 
+@pytest.mark.parametrize(
+    ("part", "m"), [(BitFlipPart(shuffle=True), 7), (BitFlipPart(), 14), (FormatPreservingPart(shuffle=True), 7)]
+)
+def test_an_adapter_package_carries_the_transform(
+    tiny_base: Base, grey: Tensor, part: BitFlipPart | FormatPreservingPart, m: int, tmp_path: Path
+) -> None:
+    """Folded into the patch embedding, or as tensors of its own beside the adapted layers."""
+    recipe, quiet = RecipeSettings(rank=4, block_size=m, transform=part), Progress(quiet=True)
+    created, images = datetime(2030, 1, 31, tzinfo=UTC), (grey * 255).to(torch.uint8).numpy()
+    shared, full = tmp_path / "base", tmp_path / "full"
+    model = classifier(tiny_base, part, m)
+    export_base_package(
+        tiny_base, recipe, "0" * 16, images, shared, quiet, created=created, formats=("onnx-fp32",)
+    )  # fmt: skip
+    plain = ImageClassifier(tiny_base.network, tiny_base.architecture.mean, tiny_base.architecture.std).eval()
+    unadapted = OnnxRuntime(shared / "model.onnx").logits(grey.numpy())
+    assert np.abs(unadapted - TorchRuntime(plain).logits(grey.numpy())).max() < 1e-4 * np.abs(unadapted).max()
+    identity = Identity("camera-01", 1, "0" * 16, "b" * 64, recipe.model_dump(mode="json"), created)
+    plan = ExportPlan(tiny_base.architecture.contract, tiny_base.architecture.labels, ("onnx-fp32",))
+    export_package(bake(model), tiny_base, identity, images, full, quiet, plan)
+    manifest = export_adapter_package(model, tiny_base, recipe, shared, full, tmp_path / "adapter", quiet)
+    parity = manifest.evidence["parity_with_full_package"]
+    assert isinstance(parity, dict)
+    assert parity["passed"]
+    stored = read_adapter((tmp_path / "adapter" / ADAPTER_NAME).read_bytes())
+    assert any(name.startswith("transform.") for name in stored) == isinstance(bake(model), ImageClassifier)
+    other = recipe.model_copy(update={"transform": BlockShufflePart()})
+    with pytest.raises(InputError, match="another transform than the device"):
+        export_adapter_package(model, tiny_base, other, shared, full, tmp_path / "refused", quiet)
+
+
 @pytest.mark.parametrize("part", [*PARTS[:4], "shuffle"], ids=str)
 def test_what_a_public_base_has_in_its_place_changes_nothing(
     grey: Tensor, part: BitFlipPart | FormatPreservingPart | str
@@ -301,6 +337,9 @@ def test_a_transform_that_cannot_be_left_out_is_refused() -> None:
     for transform in (built(FormatPreservingPart(codes=1000), 7), nn.Identity()):
         with pytest.raises(InputError, match="send full packages"):
             neutral(transform)
+    recipe = {"transform": {"kind": "format-preserving", "codes": 1000}}
+    with pytest.raises(InputError, match="256 codes, not 1000"):
+        parse(FleetSettings, {"export": {"adapters": True}, "recipe": recipe}, "the file")
 
 
 # What is refused

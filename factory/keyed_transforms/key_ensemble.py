@@ -70,7 +70,7 @@ class KeyEnsemble(nn.Module):
 
     def each(self, change: Callable[[nn.Module], nn.Module]) -> KeyEnsemble:
         """The same ensemble of changed members, in evaluation mode."""
-        order = None if self.order is None else self.order.numpy()
+        order = None if self.order is None else self.order.cpu().numpy()
         return KeyEnsemble([change(member) for member in self.members], order).eval()
 
 
