@@ -14,6 +14,7 @@ from benchmarks import (
     autoattack_time,
     export_fleet,
     export_time,
+    keyed_latency,
     latency,
     marginal_device,
     training_cost,
@@ -122,3 +123,17 @@ def test_a_first_layer_of_enough_rank_undoes_what_is_affine(
     assert results["bit flip"]["rank_to_undo"] == [24, 24]
     assert max(line["49"] for line in results["shuffle"]["left_over"]) < 1e-3
     assert min(line["49"] for line in results["format-preserving"]["left_over"]) > 0.01
+
+
+def test_every_way_to_key_a_device_is_timed_in_turns(
+    tiny_base_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "record.json"
+    small = ["--base", str(tiny_base_path), "--keys", "2", "--rounds", "1", "--repeats", "2"]
+    assert keyed_latency.main([*small, "--json", str(path)]) == 0
+    assert RATIO.search(capsys.readouterr().out)
+    results = json.loads(path.read_text())["results"]
+    assert len(results) == 7
+    for name, found in results.items():
+        # The graph around the weights counts in a model as small as this.
+        assert found["bytes over one"] == pytest.approx(2 if "2 keys" in name else 1, rel=0.1)
