@@ -142,7 +142,8 @@ class OrderFlip:
         self, ball: Ball, clean: torch.Tensor, labels: torch.Tensor, x: torch.Tensor, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A start and its order for each image: the one of the largest loss among random points and ``x``."""
-        best, held = x.clone(), self.orders(x)
+        # A copy: an order that is the same for all images may be one row shown many times.
+        best, held = x.clone(), self.orders(x).clone()
         least = margins(self.held(x, held), labels)
         for proposal in range(self.proposals):
             point = ball.random(generator)

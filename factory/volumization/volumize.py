@@ -123,7 +123,8 @@ def patches_of(images: Tensor, patch_size: int) -> Tensor:
     # Unshuffled pixels: the C·h·w values of a patch, in the order (c, y, x), along the channels. No tensor has more
     # than five axes, which is all that Core ML takes.
     columns = functional.pixel_unshuffle(images, patch_size).flatten(2)
-    return columns.transpose(1, 2).reshape(batch, -1, channels, patch_size, patch_size)
+    # Laid out patch by patch: counting over values that lie apart takes several times as long.
+    return columns.transpose(1, 2).contiguous().view(batch, -1, channels, patch_size, patch_size)
 
 
 def check_patches(patch_size: int, height: int, width: int) -> None:
