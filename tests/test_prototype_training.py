@@ -248,7 +248,7 @@ class Interrupting(Progress):
             yield Counting()  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("attack", [None, "fgsm", "pgd"])
+@pytest.mark.parametrize("attack", [None, "pgd"])
 def test_a_run_that_was_interrupted_ends_with_the_same_weights(
     tiny_base: Base, few: Splits, tmp_path: Path, attack: str | None
 ) -> None:
