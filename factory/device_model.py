@@ -167,7 +167,8 @@ def _fine_tune(
 
 
 def _fingerprint(base: Base, recipe: RecipeSettings, splits: Splits, identity: Sequence[str | int], seed: int) -> str:
-    parts = [base.digest, recipe.model_dump(mode="json"), splits.digest, list(identity), seed]
+    trained_by = recipe.model_copy(update={"purifier": None})  # which is asked for later, and changes no weight
+    parts = [base.digest, trained_by.model_dump(mode="json"), splits.digest, list(identity), seed]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

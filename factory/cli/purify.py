@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,7 +33,8 @@ def purify_command(
 ) -> None:
     """Purify images with a deep image prior, without training: NAME.png, NAME.trajectory.png and NAME.json for each.
 
-    The model is only asked. An interrupted run goes on where it stopped. What it protects from, and what not, is in
+    The model is only asked. Settings are the package's own (recipe.purifier), if it has some, or the defaults; options
+    win over both. An interrupted run goes on where it stopped. What it protects from, and what not, is in
     docs/purifier.md.
 
     \b
@@ -53,8 +55,9 @@ def purify_command(
         "steps": steps, "learning_rate": learning_rate, "width": width, "every": every, "recognisable": recognisable,
         "seed": seed, "batch": batch,
     }  # fmt: skip
-    settings = PurifierSettings(**{name: value for name, value in chosen.items() if value is not None})  # pyright: ignore[reportArgumentType]
     victim = load_victim(model, public_key)
+    given: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+    settings = dataclasses.replace(victim.settings or PurifierSettings(), **given)
     records = purify_into(out, read_images(images, victim.contract), victim, settings, Progress(quiet=quiet))
     if json_output:
         typer.echo(json.dumps([record.values for record in records], indent=2))

@@ -10,17 +10,20 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from device_tests.foreign_source import OnnxFile, read_onnx
 from exporters.contract import InputContract
-from exporters.manifest import FileDigest
+from exporters.manifest import FileDigest, Manifest
 from exporters.package import inspect_package, open_package
 from exporters.package_rules import check_file
 from exporters.run_onnx import OnnxRuntime
 from exporters.runtime import Runtime
 from exporters.to_onnx import LABELS_KEY
 from factory.packaging import ONNX_NAME
+from factory.purifier.settings import PurifierSettings
+from factory.recipes.purifier import DeepImagePriorPart
 from keys.errors import InputError, PackageError
 from keys.signing import read_public_key
 
@@ -29,7 +32,8 @@ from keys.signing import read_public_key
 class Victim:
     """A classifier to ask. ``labels``: class names, or None where the file names none; ``state``: what was checked.
 
-    ``digest``: SHA-256 (hex) of the ONNX file; ``contract``: None where a plain file leaves the size free.
+    ``settings``: what its recipe says about purifying, or None. ``digest``: SHA-256 (hex) of the ONNX file;
+    ``contract``: None where a plain file leaves the size free.
     """
 
     where: str
@@ -38,6 +42,7 @@ class Victim:
     labels: tuple[str, ...] | None
     digest: str
     state: str
+    settings: PurifierSettings | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits float32 N×K of images float32 N×C×H×W in [0, 1]; raises :class:`InputError` for probabilities."""
@@ -80,7 +85,27 @@ def _package(folder: Path, public_key: Path | None) -> Victim:
         check_file(manifest, ONNX_NAME, FileDigest.of(data))
         state = "the package's signature was not verified"
     digest = hashlib.sha256(data).hexdigest()
-    return Victim(str(folder), OnnxRuntime(data), manifest.input, tuple(manifest.labels), digest, state)
+    return Victim(
+        str(folder),
+        OnnxRuntime(data),
+        manifest.input,
+        tuple(manifest.labels),
+        digest,
+        state,
+        _settings(manifest, folder),
+    )
+
+
+def _settings(manifest: Manifest, folder: Path) -> PurifierSettings | None:
+    """What the device's recipe says; raises :class:`PackageError` if that is no purifier of this program."""
+    if "purifier" not in manifest.recipe:
+        return None
+    try:
+        return DeepImagePriorPart.model_validate(manifest.recipe["purifier"]).settings
+    except (ValidationError, InputError) as error:
+        raise PackageError(
+            f"The package {folder} names a purifier that this program does not know; give a plain ONNX file."
+        ) from error
 
 
 def _file(path: Path) -> Victim:

@@ -26,6 +26,7 @@ from factory.recipes.key_ensemble import KeyEnsemblePart
 from factory.recipes.part import Part, Trait
 from factory.recipes.patch_aggregate import PatchAggregatePart
 from factory.recipes.prototype_conformity import PrototypeConformityPart
+from factory.recipes.purifier import DeepImagePriorPart
 from factory.recipes.syllabus import SyllabusPart
 from factory.recipes.training import TrainingSettings
 from factory.recipes.volumize import VolumizePart
@@ -42,7 +43,7 @@ ADAPTATION_NEEDS: Mapping[str, tuple[Trait, ...]] = {
 }
 """What each way to adapt needs of the network."""
 
-PARTS = ("transform", "objective", "adversarial", "curriculum", "decoys", "keys")
+PARTS = ("transform", "objective", "adversarial", "curriculum", "decoys", "keys", "purifier")
 """The settings that choose a part."""
 
 
@@ -66,6 +67,7 @@ class RecipeSettings(Section):
     curriculum: SyllabusPart | None = Field(default=None, description="the order of the images in a batch")
     decoys: DecoysPart | None = Field(default=None, description="also train on attacks that were made elsewhere")
     keys: KeyEnsemblePart | None = Field(default=None, description="several keys in one device")
+    purifier: DeepImagePriorPart | None = Field(default=None, description="what a server does to images first")
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
+from pydantic_core import to_jsonable_python
+
 from factory.recipes.part import Part, Trait
 from factory.recipes.recipe import ADAPTATION_NEEDS, PARTS, RecipeSettings
 
@@ -61,9 +63,8 @@ def _kind(part: type[Part]) -> str:
 
 
 def _settings(part: type[Part]) -> str:
-    shown = [
-        f"`{name}` ({json.dumps(field.default)})" for name, field in part.model_fields.items() if name != "kind"
-    ]  # fmt: skip
+    defaults = {name: field.default for name, field in part.model_fields.items() if name != "kind"}
+    shown = [f"`{name}` ({json.dumps(to_jsonable_python(value))})" for name, value in defaults.items()]
     return ", ".join(shown) or "–"
 
 
