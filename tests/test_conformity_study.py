@@ -20,7 +20,8 @@ seed: 3
 data: {{name: idx, root: {data}, validation: 300}}
 base: {{name: {base}}}
 surrogate: {{name: shipped}}
-images: 40
+images: 30
+training_images: 1000
 epsilon: linf:0.1
 further: [linf:0.05]
 carlini_wagner_steps: 3

@@ -89,6 +89,7 @@ class Spec(Section):
     alpha: float = Field(default=16.0, gt=0)
     lora_training: TrainingSettings = TrainingSettings()
     full_training: TrainingSettings = TrainingSettings(learning_rate=5e-4)
+    training_images: int | None = Field(default=None, ge=1, description="the first ones only; default: all")
     images: int = Field(default=300, ge=2, description="test images that are attacked")
     momentum_steps: int = Field(default=20, ge=1, description="steps of the attacks with momentum")
     bf16: bool = Field(default=False, description="gradients of the transfer attacks in bfloat16")

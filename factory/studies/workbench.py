@@ -7,6 +7,7 @@ interrupted, or another one about the same models, goes on with what is there.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -55,6 +56,8 @@ class Workbench:
         for arm in spec.arms:
             check_recipe(spec.arm(arm).recipe, traits(known.network), f"base {architecture.name}")
         self.splits = load_splits(spec.data, architecture.contract, folder / "data", progress)
+        if spec.training_images is not None:
+            self.splits = dataclasses.replace(self.splits, train=self.splits.train.take(spec.training_images))
         self.base = load_base(spec.base, self.splits.labels, spec.seed)
         # One folder per base, data and seed: models and attacks of others have the same names.
         identity = "\0".join([self.base.digest, self.splits.digest, str(spec.seed)])
