@@ -86,6 +86,7 @@ CASES = [
     case("gelu tanh", "gelu", lambda x: F.gelu(x, approximate="tanh"), ROW),
     case("clip", "clip", lambda x: x.clamp(-0.5, 0.75), ROW),
     case("cast", "cast", lambda x: (5 * x).int().float(), ROW),
+    case("whole division", "floor_div", lambda x: ((9 * x).int() % 4).float(), ROW),
     case("softmax last", "softmax", lambda x: x.softmax(-1), ROW),
     case("softmax middle", "softmax", lambda x: (60 * x).softmax(1), ROW),
     case("matmul", "matmul", lambda x, y: x @ y, (1, 2, 5, 3), (1, 2, 3, 4)),
