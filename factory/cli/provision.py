@@ -29,9 +29,7 @@ def provision_command(
         str | None, typer.Option(help="sample, idx, or any timm.data.create_dataset name ('' for a folder).")
     ] = None,
     data_root: Annotated[Path | None, typer.Option(help="Folder of the data set.")] = None,
-    block_size: Annotated[
-        int | None, typer.Option(help="M of the block shuffle; default: the patch size, or 4.")
-    ] = None,
+    block_size: Annotated[int | None, typer.Option(help="M of the block shuffle; default: the patch, or 4.")] = None,
     adaptation: Annotated[str | None, typer.Option(help="lora, full or patch-embedding-head.")] = None,
     rank: Annotated[int | None, typer.Option(help="LoRA rank r.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of fine-tuning per device.")] = None,
