@@ -64,7 +64,8 @@ def train(
     ``curriculum`` cuts each batch into steps; by default a batch is one step. ``decoys`` replace a share of each step.
 
     ``checkpoint`` holds trainable weights, optimiser state and history after each epoch and is resumed from.
-    Raises InputError if the loss becomes NaN or infinite; the checkpoint of the last good epoch stays.
+    Raises InputError if the loss becomes NaN or infinite; the checkpoint of the last good epoch stays. And if a network
+    with batch norms would be trained on a batch of one image.
     """
     objective = CrossEntropy(settings.label_smoothing) if objective is None else objective
     parameters = {key: value for key, value in model.named_parameters() if value.requires_grad}
@@ -78,6 +79,11 @@ def train(
         lr=settings.learning_rate,
     )
     statistics = running_statistics(model)
+    if statistics and 1 in (settings.batch_size, len(train_split) % settings.batch_size):
+        raise InputError(
+            f"With batches of {settings.batch_size}, {name} would train on a single image at a time, of which a batch "
+            "norm has no statistics; choose another batch size."
+        )
     device = next(iter(parameters.values())).device
     bf16 = uses_bf16(settings.precision, device)
     history = _resume(checkpoint, parameters, statistics, optimizer)
