@@ -26,7 +26,7 @@ def draw_trajectory(given: Tensor, purified: Purified, index: int, title: str, n
     reconstructions = purified.trajectory.reconstructions
     steps = reconstructions.steps
     probabilities = purified.trajectory.logits[:, index].softmax(dim=1)
-    figure = Figure(figsize=(9, 5.6), dpi=110, layout="constrained")
+    figure = Figure(figsize=(10.5, 5.6), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     pictures = _pictures(given, purified, index)
     grid = figure.add_gridspec(2, len(pictures), height_ratios=(2, 1))
@@ -42,7 +42,7 @@ def draw_trajectory(given: Tensor, purified: Purified, index: int, title: str, n
         axes.axvline(at, color="#333333", linestyle="--", label=None if number else "boundary crossed")
     axes.set(title=title, xlabel="step of the prior's optimisation", ylabel="probability", ylim=(-0.02, 1.02))
     axes.grid(alpha=0.25)
-    axes.legend(loc="center right", fontsize=8)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)  # beside the lines, not over them
     for column, (caption, picture) in enumerate(pictures):
         below: Any = figure.add_subplot(grid[1, column])
         below.imshow(_as_rows(picture), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
