@@ -15,17 +15,19 @@ from torch import Tensor
 
 from device_tests.foreign_source import OnnxFile, read_onnx
 from exporters.contract import InputContract
+from exporters.formats import FORMATS
 from exporters.manifest import FileDigest, Manifest
 from exporters.package import inspect_package, open_package
 from exporters.package_rules import check_file
 from exporters.run_onnx import OnnxRuntime
 from exporters.runtime import Runtime
 from exporters.to_onnx import LABELS_KEY
-from factory.packaging import ONNX_NAME
 from factory.purifier.settings import PurifierSettings
 from factory.recipes.purifier import DeepImagePriorPart
 from keys.errors import InputError, PackageError
 from keys.signing import read_public_key
+
+_ONNX_NAME = FORMATS["onnx-fp32"].path
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,16 +75,16 @@ def load_victim(path: Path, public_key: Path | None = None) -> Victim:
 def _package(folder: Path, public_key: Path | None) -> Victim:
     if public_key is not None:
         package = open_package(folder, read_public_key(public_key))
-        manifest, data, state = package.manifest, package.read(ONNX_NAME), "signature and digests verified"
+        manifest, data, state = package.manifest, package.read(_ONNX_NAME), "signature and digests verified"
     else:
         manifest, _ = inspect_package(folder)
-        if ONNX_NAME not in manifest.files:
-            raise PackageError(f"The package {folder} has no {ONNX_NAME}; export it again with that format.")
+        if _ONNX_NAME not in manifest.files:
+            raise PackageError(f"The package {folder} has no {_ONNX_NAME}; export it again with that format.")
         try:
-            data = (folder / ONNX_NAME).read_bytes()
+            data = (folder / _ONNX_NAME).read_bytes()
         except OSError as error:
-            raise PackageError(f"{folder / ONNX_NAME} cannot be read ({error.strerror}); export it again.") from error
-        check_file(manifest, ONNX_NAME, FileDigest.of(data))
+            raise PackageError(f"{folder / _ONNX_NAME} cannot be read ({error.strerror}); export it again.") from error
+        check_file(manifest, _ONNX_NAME, FileDigest.of(data))
         state = "the package's signature was not verified"
     digest = hashlib.sha256(data).hexdigest()
     return Victim(
