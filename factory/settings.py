@@ -44,7 +44,7 @@ class DataSettings(Section):
 
 
 class BaseSettings(Section):
-    """The shared pre-trained ViT."""
+    """The shared pre-trained network, a ViT unless another is named."""
 
     name: str = Field(default="shipped", description="shipped, a timm model name, or the path of a checkpoint")
     image_size: int | None = Field(default=None, ge=4, description="input size, for timm names")

@@ -21,6 +21,7 @@ from factory.studies.spec import (
     PurifierSpec,
     Table1Spec,
     VolumizationSpec,
+    WhiteboxSpec,
 )
 from factory.studies.table1 import table1
 from factory.studies.volumization import open_volumization, volumization
@@ -41,19 +42,20 @@ def run_study(spec: AnySpec, name: str, out: Path, progress: Progress, command: 
         return document
     galleries: dict[str, list[Pictures]] = {}
     with open_workbench(out, spec, progress) as bench:
-        if isinstance(spec, Table1Spec):
-            document = table1(bench, spec, command)
-        elif isinstance(spec, CollusionSpec):
-            document = collusion(bench, spec, command)
-        elif isinstance(spec, LocalizedSpec):
-            document = localized(bench, spec, command)
-        elif isinstance(spec, ConformitySpec):
-            document = conformity(bench, spec, command)
-        elif isinstance(spec, PurifierSpec):
-            document, galleries = purifier_study(bench, spec, command)
-        else:
-            document = whitebox(bench, spec, command)
-            shown = gallery_of(bench, spec, Perturbation.parse(spec.epsilon))
-            galleries = {GALLERY: [pictures for pictures, _ in shown]}
+        match spec:
+            case Table1Spec():
+                document = table1(bench, spec, command)
+            case CollusionSpec():
+                document = collusion(bench, spec, command)
+            case LocalizedSpec():
+                document = localized(bench, spec, command)
+            case ConformitySpec():
+                document = conformity(bench, spec, command)
+            case PurifierSpec():
+                document, galleries = purifier_study(bench, spec, command)
+            case WhiteboxSpec():
+                document = whitebox(bench, spec, command)
+                shown = gallery_of(bench, spec, Perturbation.parse(spec.epsilon))
+                galleries = {GALLERY: [pictures for pictures, _ in shown]}
         write_study(out / name, document, galleries)
     return document
