@@ -13,10 +13,9 @@ from device_tests.ensemble import Ensemble
 from device_tests.perturbation import Norm, Perturbation
 from device_tests.threats import Source, Threat
 from factory.base import Base
-from factory.classifier import ImageClassifier
 from factory.data import Splits
 from factory.decoys import DecoyPool, PoolOrigin, load_pool, save_pool
-from factory.device_model import make_device_model
+from factory.device_model import make_device_model, public_model
 from factory.folding import bake
 from factory.progress import Progress
 from factory.seeds import derive_seed
@@ -36,7 +35,7 @@ def open_pool(
     It lies in ``shared`` under a digest of what it is made from, so that every device finds the same. Raises
     InputError if the file there is damaged or of something else, CheckFailed if an attack breaks.
     """
-    plain = recipe.model_copy(update={"decoys": None})
+    plain = recipe.model_copy(update={"decoys": None, "purifier": None})
     made = part.model_dump(mode="json", exclude={"share"})
     origin = PoolOrigin(base.digest, splits.digest, {"decoys": made, "recipe": plain.model_dump(mode="json")})
     path = shared / f"decoys-{origin.digest[:12]}.safetensors"
@@ -55,9 +54,7 @@ def _sources(
     part: DecoysPart, base: Base, recipe: RecipeSettings, splits: Splits, shared: Path, progress: Progress
 ) -> list[Source]:
     """The public base, a model under each decoy key, and, if there are any, all of them at once."""
-    architecture = base.architecture
-    public = ImageClassifier(base.network, architecture.mean, architecture.std)
-    sources = [Source("decoy-base", Threat.PUBLIC_BASE, public, "the public base")]
+    sources = [Source("decoy-base", Threat.PUBLIC_BASE, public_model(base, recipe), "the public base")]
     for number in range(1, part.keys + 1):
         name = f"decoy-{number}"
         model = make_device_model(

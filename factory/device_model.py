@@ -72,6 +72,12 @@ def keyed_transform(base: Base, recipe: RecipeSettings, key: DeviceKey | None) -
     return recipe.transform.build(key, base.architecture.contract.shape, block_size(base, recipe))
 
 
+def public_model(base: Base, recipe: RecipeSettings) -> ImageClassifier:
+    """The base as anyone can have it: images in [0, 1] to logits, with no key; volumes are stacked as without one."""
+    architecture = base.architecture
+    return ImageClassifier(base.network, architecture.mean, architecture.std, keyed_transform(base, recipe, None))
+
+
 def make_device_model(
     base: Base,
     key: DeviceKey | None,

@@ -45,7 +45,6 @@ from exporters.measured import NotMeasured
 from exporters.parity import Parity
 from factory.device_model import block_size, keyed_transform
 from factory.fleet import Findings, Fleet, Verdict
-from factory.keyed_transforms.key_ensemble import transform_of
 from factory.packaging import tool_versions
 from factory.release import release_rule
 from factory.verification import AttackedSource, attacks_of, strong_budget
@@ -110,7 +109,10 @@ def report_document(findings: Findings, command: str) -> ReportDocument:
             )
             for one in (*findings.sources, *(one for verdict in verdicts for one in _query_sources(verdict)))
         ),
-        targets=tuple(_target(fleet, verdict, findings.base_clean) for verdict in verdicts),
+        targets=(
+            *(_target(fleet, verdict, findings.base_clean, control=False) for verdict in findings.verdicts),
+            *(_target(fleet, verdict, findings.base_clean, control=True) for verdict in findings.controls),
+        ),
         notes=_notes(findings),
     )  # fmt: skip
 
@@ -122,11 +124,10 @@ def this_machine() -> Machine:
     )
 
 
-def _target(fleet: Fleet, verdict: Verdict, base_clean: Proportion) -> TargetReport:
-    control = transform_of(verdict.candidate.model.classifier) is None
+def _target(fleet: Fleet, verdict: Verdict, base_clean: Proportion, *, control: bool) -> TargetReport:
     released = verdict.decision.released and not control
     recipe = fleet.settings.recipe
-    keyed = "no key" if control else f"{recipe.transform.title} M = {block_size(fleet.base, recipe)}"
+    keyed = "no key" if control else recipe.transform.describe(block_size(fleet.base, recipe))
     keyed += f", {recipe.keys.count} keys ({recipe.keys.combine})" if recipe.keys and not control else ""
     queries = verdict.examination.queries
     judgements = [verdict.judgement, *([] if queries is None else [queries.judgement])]

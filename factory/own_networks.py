@@ -38,12 +38,12 @@ default_cfgs = generate_default_cfgs(
         "vgg19_small": _COLOUR,
         "resnet34_small": _COLOUR,
         "resnet50_small": _COLOUR,
-        "vgg2d": _COLOUR,
-        "vgg3d": _COLOUR,
-        "resnet2d": _COLOUR,
-        "resnet3d": _COLOUR,
-        "efficientnet2d": _COLOUR,
-        "efficientnet3d": _COLOUR,
+        "vgg2d": {**_COLOUR, "fixed_input_size": True},
+        "vgg3d": {**_COLOUR, "fixed_input_size": True},
+        "resnet2d": {**_COLOUR, "fixed_input_size": True},
+        "resnet3d": {**_COLOUR, "fixed_input_size": True},
+        "efficientnet2d": {**_COLOUR, "fixed_input_size": True},
+        "efficientnet3d": {**_COLOUR, "fixed_input_size": True},
     }
 )
 """What a network's input is where nothing else is asked for; timm looks for it here, by this name."""

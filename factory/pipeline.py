@@ -29,7 +29,7 @@ from factory.attackers import BASE, who_attacks
 from factory.base import load_base, read_base
 from factory.classifier import ImageClassifier
 from factory.data import load_splits
-from factory.device_model import DeviceModel, block_size, make_device_model
+from factory.device_model import DeviceModel, block_size, make_device_model, public_model
 from factory.estimate import estimate
 from factory.examination import examine
 from factory.fleet import Candidate, Findings, Fleet, Verdict
@@ -232,7 +232,7 @@ def attacked_images(fleet: Fleet) -> Attacked:
 
 def public_base(fleet: Fleet) -> ImageClassifier:
     """The base as anyone can have it: images in [0, 1] to logits, with no key."""
-    return ImageClassifier(fleet.base.network, fleet.base.architecture.mean, fleet.base.architecture.std)
+    return public_model(fleet.base, fleet.settings.recipe)
 
 
 def base_accuracy(fleet: Fleet) -> Proportion:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import math
 import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from device_tests.evidence import Proportion
 from factory.base import Architecture, Base, build_network, save_checkpoint
-from factory.classifier import ImageClassifier
 from factory.data import Splits
-from factory.networks import embedding_convolution, patch_embedding
+from factory.device_model import public_model
+from factory.networks import embedding_convolution, patch_embedding, traits
 from factory.progress import Progress
+from factory.recipes.recipe import PARTS, RecipeSettings, check_recipe
 from factory.recipes.training import TrainingSettings
 from factory.seeds import derive_seed
 from factory.train import Epoch, accuracy, train
 from factory.vits import KeyedVit
+from keys.errors import InputError
 from keys.files import write_atomic
 
 
@@ -34,13 +38,17 @@ class Pretrained:
 
 
 def pretrain(
-    architecture: Architecture, splits: Splits, settings: TrainingSettings, *, seed: int, out: Path, progress: Progress
-) -> Pretrained:
+    architecture: Architecture, splits: Splits, settings: TrainingSettings, *, seed: int, out: Path, progress: Progress,
+    recipe: RecipeSettings | None = None,
+) -> Pretrained:  # fmt: skip
     """Train ``architecture`` from random weights and write it to ``out`` (resumable beside it until then).
 
     The normalisation statistics are those of the training images. ViTs begin as :func:`initialise` says, other networks
-    as timm has it.
+    as timm has it. ``recipe``: its transform, as without a key, its objective, adversarial training and curriculum;
+    everything else in it is not looked at. Raises InputError if the network lacks what they need, or if the objective
+    would have it answer by more than its own weights.
     """
+    recipe = (recipe or RecipeSettings()).model_copy(update={"adaptation": "full"})
     pixels = splits.train.images[:10_000].float() / 255
     architecture = replace(
         architecture,
@@ -51,24 +59,37 @@ def pretrain(
     network = build_network(architecture, seed=seed)
     if isinstance(network, KeyedVit) and patch_embedding(network) is not None:
         initialise(network, seed)
-    model = ImageClassifier(network, architecture.mean, architecture.std)
+    check_recipe(recipe, traits(network), f"base {architecture.name}")
+    if recipe.objective.changes_network:
+        raise InputError('A base answers by its own weights; give the objective inference = "softmax".')
+    base = Base(architecture, network)
+    model = public_model(base, recipe)
+    objective = recipe.objective.build(network, len(splits.labels), settings.label_smoothing)
     checkpoint = out.with_suffix(".training.safetensors")
     history = train(
         model, splits.train, splits.validation, settings, seed=seed, name="pre-train", checkpoint=checkpoint,
         progress=progress,
+        objective=objective if recipe.adversarial is None else recipe.adversarial.build(objective),
+        curriculum=None if recipe.curriculum is None else recipe.curriculum.build(),
     )  # fmt: skip
-    base = Base(architecture, network.eval())
+    network.eval()
     test = accuracy(model, splits.test)
     result = Pretrained(
         base, history, history[-1].validation_accuracy, Proportion(round(test * len(splits.test)), len(splits.test))
     )
     notes = {
-        "data": splits.name, "data_digest": splits.digest, "seed": seed, "training": settings.model_dump(),
+        "recipe": _parts(recipe), "data": splits.name, "data_digest": splits.digest, "seed": seed,
+        "training": settings.model_dump(),
         "validation_accuracy": result.validation_accuracy, "test_accuracy": test,
     }  # fmt: skip
     save_checkpoint(base, out, notes)
     checkpoint.unlink()
     return result
+
+
+def _parts(recipe: RecipeSettings) -> dict[str, Any]:
+    """The parts that are not as by default."""
+    return {name: value for name, value in recipe.model_dump(mode="json").items() if name in PARTS}
 
 
 def initialise(vit: KeyedVit, seed: int) -> None:
@@ -88,8 +109,9 @@ def initialise(vit: KeyedVit, seed: int) -> None:
 
 
 def write_model_card(
-    result: Pretrained, splits: Splits, settings: TrainingSettings, *, seed: int, out: Path, command: str
-) -> Path:
+    result: Pretrained, splits: Splits, settings: TrainingSettings, *, seed: int, out: Path, command: str,
+    recipe: RecipeSettings | None = None,
+) -> Path:  # fmt: skip
     """Write ``<out>.md``: what the base is, how it was made, and its measured accuracy."""
     architecture, proportion = result.base.architecture, result.test_accuracy
     low, high = proportion.interval
@@ -107,6 +129,7 @@ def write_model_card(
 - **Test accuracy**: {proportion.value:.4f} (95 % interval {low:.4f} to {high:.4f}, n = {proportion.n:,});
   validation accuracy {result.validation_accuracy:.4f}. The last epoch is taken; nothing was chosen on test images.
 - **Command**: `{command}`
+- **Recipe**: {f"`{json.dumps(_parts(recipe))}`" if recipe and _parts(recipe) else "plain images and cross-entropy"}.
 - **Seed** {seed}, **settings** `{settings.model_dump_json()}`.
 - **Versions**: {versions}; Python {platform.python_version()}, {platform.machine()}.
 - **Time**: {seconds / 60:.1f} minutes of training, {len(result.history)} epochs.

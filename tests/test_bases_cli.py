@@ -101,3 +101,44 @@ def test_what_a_network_cannot_take_is_refused_in_one_sentence(
     assert f"'{adaptation}' needs {missing}, which base {name} does not have" in " ".join(finished.err.split())
     assert not (fleet / "models").exists()
     assert not (fleet / "vault").exists()
+
+
+VOLUMES = {
+    "adaptation": "full", "training": TRAINING, "transform": {"kind": "volumize", "patch_size": 14, "order": "key"},
+    "objective": {"kind": "patch-aggregate"}, "curriculum": {"metric": "entropy", "sub_batches": 2},
+    "adversarial": {"kind": "fgsm", "epsilon_low": 0.01, "epsilon_high": 0.02},
+}  # fmt: skip
+
+
+def test_a_volumized_base_is_trained_by_a_recipe_and_keyed_by_the_order_of_its_patches(
+    idx_folder: Path, tmp_path: Path, keyfoundry: Callable[..., Any], start_keyfoundry: Callable[..., Any],
+    with_fixed_secrets: Callable[[Path], Path],
+) -> None:  # fmt: skip
+    base, fleet = tmp_path / "vgg3d.safetensors", tmp_path / "fleet"
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"recipe": VOLUMES}))
+    settings = ("--data", "idx", "--data-root", idx_folder, "--validation", 1200, "--epochs", 1, "--batch-size", 50)
+    network = ("--architecture", "vgg3d", "--model-arg", "patch_size=14", "--model-arg", "width=4")
+    plain = keyfoundry("pretrain", *settings, *network, "--out", base)
+    assert plain.code == 3
+    assert "transform 'block-shuffle' needs images as its input" in " ".join(plain.err.split())
+    process = start_keyfoundry("pretrain", *settings, *network, "--recipe", tmp_path / "recipe.yaml", "--out", base)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    assert '"kind": "patch-aggregate"' in base.with_suffix(".md").read_text()
+    with_fixed_secrets(fleet)
+    values = {
+        "devices": 1, "data": {"name": "idx", "root": str(idx_folder), "validation": 1200},
+        "base": {"name": str(base)}, "recipe": VOLUMES, "export": {"formats": ["onnx-fp32", "coreml-fp16"]},
+        "verification": VERIFICATION | {"attacks": ["pgd"]}, "release": RELEASE,
+    }  # fmt: skip
+    (tmp_path / "fleet.yaml").write_text(yaml.safe_dump(values))
+    process = start_keyfoundry("provision", "--config", tmp_path / "fleet.yaml", "--out", fleet)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    report = ReportDocument.model_validate_json((fleet / "report.json").read_bytes())
+    device = report.devices[0]
+    assert all(row.passed for row in device.parity)
+    assert device.recipe.startswith("volumization")
+    manifest = json.loads((fleet / "devices" / "device-1" / "package" / "manifest.json").read_bytes())
+    assert manifest["recipe"]["transform"] == {"kind": "volumize", "patch_size": 14, "order": "key", "bins": 16}
+    assert manifest["recipe"]["objective"] == {"kind": "patch-aggregate"}

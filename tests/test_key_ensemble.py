@@ -21,7 +21,7 @@ from factory.classifier import ImageClassifier
 from factory.data import Splits
 from factory.device_model import DeviceModel, make_device_model
 from factory.folding import bake
-from factory.keyed_transforms.key_ensemble import KeyEnsemble, behind, transform_of
+from factory.keyed_transforms.key_ensemble import KeyEnsemble, behind
 from factory.progress import Progress
 from factory.recipes.key_ensemble import KeyEnsemblePart
 from factory.recipes.recipe import RecipeSettings
@@ -124,7 +124,7 @@ def test_members_keys_differ_from_the_devices_and_from_each_other() -> None:
 def test_an_unkeyed_control_has_as_many_models_and_no_transform(tiny_base: Base, few: Splits, tmp_path: Path) -> None:
     control, trained = make(tiny_base, few, tmp_path, recipe_of("random"), key=None)
     assert trained == 2
-    assert transform_of(control.classifier) is None
+    assert [member.transform for member in ensemble_of(control).members] == [None, None]
     order = ensemble_of(control).order
     assert order is not None
     assert torch.equal(order, torch.arange(784))
@@ -197,7 +197,7 @@ def test_behind_another_devices_keys(chosen: DeviceModel, grey: Tensor) -> None:
         assert not torch.equal(behind(model, other)(grey), model(grey))
         plain = behind(model, None)
         assert isinstance(plain, KeyEnsemble)
-        assert transform_of(plain) is None
+        assert [member.transform for member in plain.members] == [None, None]
         single = model.members[0]
         assert isinstance(single, ImageClassifier)
         assert torch.equal(behind(single, single)(grey), single(grey))

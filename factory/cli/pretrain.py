@@ -33,6 +33,10 @@ def pretrain_command(
     shift: Annotated[int, typer.Option(help="Largest random shift in pixels.")] = 1,
     erase: Annotated[float, typer.Option(help="Probability of erasing a random rectangle.")] = 0.1,
     validation: Annotated[int, typer.Option(help="Training images held out.")] = 5000,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="Fleet file whose [recipe] says how to train: transform, objective, …"),
+    ] = None,
     labels: Annotated[str | None, typer.Option(help="Class names, separated by commas, for IDX files.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -46,13 +50,15 @@ def pretrain_command(
       keyfoundry pretrain --data '' --data-root ../shared/data/cifar10 --image-size 64 --channels 3 \\
         --model-arg depth=6 --model-arg patch_size=16 --out cifar10.safetensors
       keyfoundry pretrain --architecture resnet18_small --epochs 5 --out resnet18.safetensors
+      keyfoundry pretrain --architecture vgg3d --model-arg patch_size=14 --recipe volumes.toml --out vgg3d.safetensors
     """
     from factory.base import contract_for, timm_architecture
     from factory.data import load_splits
     from factory.pretrain import pretrain, write_model_card
     from factory.progress import Progress, log_to
+    from factory.recipes.recipe import RecipeSettings
     from factory.recipes.training import TrainingSettings
-    from factory.settings import DataSettings, parse
+    from factory.settings import DataSettings, parse, read_fleet_file
 
     if out.suffix != ".safetensors":
         raise InputError(f"--out {out} must end in .safetensors.")
@@ -78,11 +84,14 @@ def pretrain_command(
         {"name": data, "root": data_root, "validation": validation, "labels": labels and labels.split(",")},
         "the options",
     )
+    chosen = None
+    if recipe is not None:
+        chosen = parse(RecipeSettings, read_fleet_file(recipe).get("recipe", {}), str(recipe))
     splits = load_splits(settings, contract_for(channels, image_size), out.parent / "cache", progress)
     blueprint = timm_architecture(architecture, splits.labels, image_size, arguments)
-    result = pretrain(blueprint, splits, training, seed=seed, out=out, progress=progress)
+    result = pretrain(blueprint, splits, training, seed=seed, out=out, progress=progress, recipe=chosen)
     command = shlex.join(["keyfoundry", *sys.argv[1:]])
-    write_model_card(result, splits, training, seed=seed, out=out, command=command)
+    write_model_card(result, splits, training, seed=seed, out=out, command=command, recipe=chosen)
     low, high = result.test_accuracy.interval
     if json_output:
         typer.echo(json.dumps({"checkpoint": str(out), "validation_accuracy": result.validation_accuracy,

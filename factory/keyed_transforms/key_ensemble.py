@@ -78,13 +78,6 @@ DeviceClassifier = ImageClassifier | KeyEnsemble
 """What a device is trained as: one model, or one for each of its keys."""
 
 
-def transform_of(model: DeviceClassifier) -> nn.Module | None:
-    """The keyed transform of a model, of an ensemble that of its first member; None if there is none."""
-    first = model.members[0] if isinstance(model, KeyEnsemble) else model
-    assert isinstance(first, ImageClassifier)
-    return first.transform
-
-
 def behind(model: DeviceClassifier, other: DeviceClassifier | None) -> nn.Module:
     """The networks of ``model`` behind the transforms of ``other`` of the same form, or behind none."""
     if isinstance(model, KeyEnsemble):

@@ -58,6 +58,10 @@ class TransformPart(Part):
         """
         raise NotImplementedError
 
+    def describe(self, block_size: int) -> str:
+        """The transform in a report's words, for blocks of ``block_size`` pixels."""
+        return f"{self.title} M = {block_size}"
+
     def check(self, network: nn.Module) -> None:
         """Raise InputError if ``network``, which has all that the part needs, was made for other inputs."""
 

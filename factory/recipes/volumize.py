@@ -28,6 +28,10 @@ class VolumizePart(TransformPart):
     title = "volumization"
     needs = frozenset({Trait.VOLUMES})
 
+    def describe(self, block_size: int) -> str:
+        """Its patches instead of blocks, and their order."""
+        return f"{self.title}, patches of {self.patch_size}, order {self.order}"
+
     def check(self, network: nn.Module) -> None:
         """Refuse a network that was made for patches of another size."""
         made_for: tuple[int, int] | None = getattr(network, "volume", None)
