@@ -20,7 +20,7 @@ from keys.errors import KeyfoundryError, exit_codes
 Run = Callable[..., Any]
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = [
-    "provision", "pretrain", "finetune", "export", "verify", "report", "study", "info", "diff", "keys init",
+    "provision", "pretrain", "finetune", "export", "verify", "report", "study", "purify", "info", "diff", "keys init",
     "keys list", "keys rotate", "device assemble", "device validate",
 ]  # fmt: skip
 

@@ -56,7 +56,16 @@ def make(
     """The device's model, and how many of its members were trained in this call."""
     progress = Progress(quiet=True)
     model = make_device_model(
-        base, key, recipe, splits, name="a", identity=["fleet", "a", 1], seed=1, folder=folder, progress=progress
+        base,
+        key,
+        recipe,
+        splits,
+        name="a",
+        identity=["fleet", "a", 1],
+        seed=1,
+        folder=folder,
+        shared=folder / "shared",
+        progress=progress,
     )
     return model, len(progress.seconds)
 

@@ -70,6 +70,7 @@ def make(base: Base, splits: Splits, folder: Path, settings: RecipeSettings, *, 
          progress: Progress | None = None) -> DeviceModel:  # fmt: skip
     return make_device_model(
         base, fixed_guess("a") if keyed else None, settings, splits, name="a", identity=["a"], seed=1, folder=folder,
+        shared=folder / "shared",
         progress=progress or Progress(quiet=True),
     )  # fmt: skip
 
