@@ -273,7 +273,17 @@ def report_examples(findings: Findings) -> tuple[Example, ...]:
 
 def _keyed(shuffle: nn.Module | None, image: Tensor) -> np.ndarray:
     """What ``shuffle`` makes of a uint8 image C×H×W."""
-    return image.numpy() if shuffle is None else shuffle(image[None].float())[0].byte().numpy()
+    if shuffle is None:
+        return image.numpy()
+    # Transforms are of images in [0, 1]: a shuffle would not care, but a flip is 1 - x.
+    seen = (shuffle(image[None].float() / 255)[0] * 255).round().byte()
+    if seen.ndim == 3:
+        return seen.numpy()
+    # A volume C×N×p×p as an image again, its patches row by row in their order.
+    channels, _, side, _ = seen.shape
+    _, height, width = image.shape
+    rows = seen.view(channels, height // side, width // side, side, side)
+    return rows.transpose(2, 3).reshape(channels, height, width).numpy()
 
 
 def _processor() -> str:
