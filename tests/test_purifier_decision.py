@@ -45,7 +45,7 @@ class Victims:
 def victims(tmp_path_factory: pytest.TempPathFactory) -> Victims:
     base = read_checkpoint(SHIPPED)
     architecture = base.architecture
-    model = ImageClassifier(base.vit, architecture.mean, architecture.std).eval()
+    model = ImageClassifier(base.network, architecture.mean, architecture.std).eval()
     splits = load_splits(DataSettings(), architecture.contract, tmp_path_factory.mktemp("data"), Progress(quiet=True))
     taken = splits.test.take(COUNT)
     clean = taken.images.float() / 255
