@@ -26,7 +26,7 @@ from torch import nn
 from benchmarks.export_time import memory_of, size_of
 from benchmarks.rounds import cpu_ratio, interleaved, seconds, table, wall_ratio, write_record
 from factory.adaptation import adapt, save_adapter, trainable_parameters
-from factory.base import Base, build_vit, load_base, read_architecture, timm_architecture
+from factory.base import Base, build_network, load_base, read_architecture, timm_architecture
 from factory.classifier import ImageClassifier
 from factory.device_model import keyed_transform
 from factory.objective import CrossEntropy
@@ -63,7 +63,7 @@ def base_of(name: str, classes: int, size: int | None, seed: int) -> Base:
         settings = BaseSettings(name=name)
         return load_base(settings, read_architecture(settings).labels, seed)
     architecture = timm_architecture(name, tuple(f"class-{index}" for index in range(classes)), size)
-    return Base(architecture, build_vit(architecture, seed=seed))
+    return Base(architecture, build_network(architecture, seed=seed))
 
 
 def case_of(base: Base, adaptation: str, training: TrainingSettings, seed: int) -> Case:
