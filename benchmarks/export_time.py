@@ -82,7 +82,7 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def memory_of(work: Callable[[], None]) -> float:
+def memory_of(work: Callable[[], object]) -> float:
     """MiB of resident memory that ``work`` needed on top of what there was before; NaN where Linux does not say."""
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not reset.exists():
