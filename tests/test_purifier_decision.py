@@ -15,7 +15,7 @@ from factory.base import SHIPPED, read_checkpoint
 from factory.classifier import ImageClassifier
 from factory.data import load_splits
 from factory.progress import Progress
-from factory.purifier.aware_attack import PurifierBPDA
+from factory.purifier.aware_attack import PurifierBPDA, PurifierSquare
 from factory.purifier.baselines import psnr
 from factory.purifier.decision import Crossing, Decision, find_crossings, localise, stitch
 from factory.purifier.purify import Purified, purify
@@ -242,6 +242,18 @@ def test_an_attack_on_the_trajectory_raises_the_loss_of_its_reconstructions(vict
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)).sub(0.5).sign() * 8 / 255
     assert loss(made) > loss((images + noise).clamp(0, 1))
     assert (made - images).abs().max() <= 8 / 255 + 1e-6
+
+
+def test_square_asks_the_purified_classifier_and_stays_in_its_ball(victims: Victims) -> None:
+    settings = PurifierSettings(steps=20, width=4)
+    attack = PurifierSquare(settings, queries=8)
+    heard: list[int] = []
+    images, labels = victims.clean[:3], victims.labels[:3]
+    made = attack.generate(victims.model, images, labels, epsilon=0.2, seed=1, progress=heard.append)
+    assert 0 < sum(heard) <= 8 * 3
+    assert (made - images).abs().max() <= 0.2 + 1e-6
+    assert not torch.equal(made, images)
+    assert torch.equal(made, attack.generate(victims.model, images, labels, epsilon=0.2, seed=1))
 
 
 def test_a_checkpoint_of_the_whole_purifier_is_used(victims: Victims, tmp_path: Path) -> None:

@@ -23,6 +23,10 @@ attack_steps: 3
 aware_images: 2
 aware_steps: 2
 aware_batch: 1
+aware_queries: 5
+autoattack_steps: 2
+autoattack_targets: 1
+autoattack_queries: 5
 rank: 4
 lora_training: {{epochs: 1, batch_size: 25, learning_rate: 0.01, shift: 0, flip: false, precision: fp32}}
 """
@@ -52,10 +56,11 @@ def test_every_attack_is_answered_behind_every_defence(study: tuple[Path, StudyD
     out, document = study
     rows = rows_of(document, f"Accuracy: {victim}", "The same in numbers")
     assert [row[0] for row in rows] == [
-        "clean", "PGD", "BPDA with EOT", "BPDA on the trajectory", "PGD, the same 2 images as BPDA",
+        "clean", "PGD", "AutoAttack", "BPDA with EOT", "BPDA on the trajectory", "Square through the purifier",
+        "PGD, the first 2 images",
     ]  # fmt: skip
     counts = [cell.n for row in rows for cell in row[1:5]]  # type: ignore[attr-defined]
-    assert counts == [3] * 8 + [2] * 12
+    assert counts == [3] * 12 + [2] * 16
     quality = rows_of(document, f"Picture quality: {victim}", "Against the clean images")
     assert [row[:2] for row in quality][:2] == [("clean", "no defence"), ("clean", "JPEG")]
     assert quality[0][2:4] == ("no image differs", "3 of 3")

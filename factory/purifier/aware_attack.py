@@ -5,6 +5,7 @@ The purifier optimises a network and bisects a boundary, and hands no gradient b
 the identity in the backward pass; EOT (section 4.2) averages that over the purifier's seeds, which an attacker does not
 know. Where the purifier finds no crossing it returns its input, and such a gradient no longer sees it: therefore the
 attack can also climb the loss of all reconstructions that have a vote, so that none of them keeps the true label.
+Square Attack asks the purified classifier for its scores and needs no gradient at all, so that none can mislead it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from device_tests.attacks.ascent import ascend
 from device_tests.attacks.attack import Progress
 from device_tests.attacks.gradients import loss_gradient
+from device_tests.attacks.square import Square
 from device_tests.perturbation import Norm
 from factory.purifier.purify import purify
 from factory.purifier.settings import PurifierSettings
@@ -97,3 +99,68 @@ class PurifierBPDA:
             if votes.any():
                 total[votes] += loss_gradient(model, reconstructions[votes], labels[votes])
         return total
+
+
+class PurifiedClassifier(nn.Module):
+    """The classifier behind the purifier, as one that can only be asked: logits N×K of the purified images.
+
+    Every call draws the purifier's seed anew, from ``seed`` and the call's number: an attacker does not know it.
+    """
+
+    def __init__(self, classifier: nn.Module, settings: PurifierSettings, seed: int) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self._settings, self._seed, self._calls = settings, seed, 0
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of images N×C×H×W in [0, 1], without a gradient."""
+        seeds = [derive_seed(self._seed, "purified", self._calls)] * len(images)
+        self._calls += 1
+        with torch.enable_grad():  # the prior is optimised, whoever asks
+            purified = purify(images.detach(), self._ask, self._settings, seeds=seeds).images
+        return self._ask(purified)
+
+    @torch.no_grad()
+    def _ask(self, images: Tensor) -> Tensor:
+        return self.classifier(images)
+
+
+@dataclass(frozen=True)
+class PurifierSquare:
+    """Square Attack on the purified classifier; ``queries``: at most, per image, each a whole purification.
+
+    Fits :class:`~device_tests.attacks.attack.Attack`; the model it is given is the classifier *behind* the purifier.
+    """
+
+    purifier: PurifierSettings
+    queries: int = 100
+
+    @property
+    def name(self) -> str:
+        """``"purifier-square"``."""
+        return "purifier-square"
+
+    @property
+    def norm(self) -> Norm:
+        """L∞."""
+        return Norm.LINF
+
+    @property
+    def description(self) -> str:
+        """Norm and budget in words."""
+        return f"{Square(queries=self.queries).description}, of the purified classifier, {self.purifier}"
+
+    @property
+    def gradients_per_image(self) -> int:
+        """Purifications, at most."""
+        return self.queries
+
+    def generate(
+        self, model: nn.Module, images: Tensor, labels: Tensor, *, epsilon: float, seed: int,
+        progress: Progress | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Candidates; see :class:`~device_tests.attacks.attack.Attack`."""
+        behind = PurifiedClassifier(model, self.purifier, seed)
+        square = Square(queries=self.queries)
+        return square.generate(behind, images, labels, epsilon=epsilon, seed=seed, progress=progress)

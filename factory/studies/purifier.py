@@ -1,8 +1,9 @@
 """What the purifier saves and what it costs: accuracy and picture quality, with and without it, and who breaks it.
 
-Four answers stand beside each other on the same images: no defence, JPEG, total variation, and the purifier. PGD
-knows nothing of any of them; BPDA with EOT knows the purifier and everything but its seed, and is run on its output and
-on its whole trajectory. A defence that is only measured on the first is not measured.
+Four answers stand beside each other on the same images: no defence, JPEG, total variation, and the purifier. PGD and
+AutoAttack know nothing of any of them; BPDA with EOT knows the purifier and everything but its seed, and is run on its
+output and on its whole trajectory, and Square Attack asks the purified classifier for scores. A defence that is only
+measured on those that know nothing is not measured.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from device_tests.accuracy import predict
 from device_tests.attacks.attack import Attack
+from device_tests.attacks.autoattack import AutoAttack
 from device_tests.attacks.pgd import PGD
 from device_tests.crafting import content_key, craft
 from device_tests.evidence import Proportion
@@ -41,7 +43,7 @@ from device_tests.report.study_document import (
 from device_tests.statistics import Pairs
 from device_tests.threats import Source, Threat
 from exporters.run_torch import TorchRuntime
-from factory.purifier.aware_attack import PurifierBPDA
+from factory.purifier.aware_attack import PurifierBPDA, PurifierSquare
 from factory.purifier.baselines import jpeg, psnr, ssim, total_variation
 from factory.purifier.purify import purify
 from factory.purifier.settings import PurifierSettings
@@ -53,7 +55,8 @@ from keys.files import write_atomic
 GALLERY = "purified"
 NONE, JPEG, TV, PURIFIER = "no defence", "JPEG", "total variation", "purifier"
 DEFENCES = (NONE, JPEG, TV, PURIFIER)
-CLEAN, OBLIVIOUS, AWARE, TRAJECTORY = "clean", "PGD", "BPDA with EOT", "BPDA on the trajectory"
+CLEAN, OBLIVIOUS, AUTOATTACK = "clean", "PGD", "AutoAttack"
+AWARE, TRAJECTORY, QUERIES = "BPDA with EOT", "BPDA on the trajectory", "Square through the purifier"
 _FORMAT = "1"
 
 
@@ -115,26 +118,34 @@ def purifier_study(
 def _measure(bench: Workbench, spec: PurifierSpec, victim: Victim) -> Measurements:
     on = bench.images()
     perturbation = Perturbation.parse(spec.perturbation)
-    plain = PGD(steps=spec.attack_steps)
     few = min(spec.aware_images, len(on.images))
     aware = {
         name: _attacked(bench, victim.source, attack, perturbation, on.images[:few], on.labels[:few], spec.aware_batch)
         for name, attack in _aware(spec).items()
     }
-    sets = {
-        CLEAN: on.images,
-        OBLIVIOUS: _attacked(bench, victim.source, plain, perturbation, on.images, on.labels),
-        **aware,
+    oblivious = {
+        name: _attacked(bench, victim.source, attack, perturbation, on.images, on.labels)
+        for name, attack in _oblivious(spec).items()
     }
+    sets = {CLEAN: on.images, **oblivious, **aware}
     return {
         name: _answered(bench, spec, victim, images, on.images[: len(images)], on.labels[: len(images)], name)
         for name, images in sets.items()
     }
 
 
-def _aware(spec: PurifierSpec) -> dict[str, PurifierBPDA]:
+def _oblivious(spec: PurifierSpec) -> dict[str, Attack]:
+    autoattack = AutoAttack(spec.autoattack_steps, spec.autoattack_targets, spec.autoattack_queries)
+    return {OBLIVIOUS: PGD(steps=spec.attack_steps), AUTOATTACK: autoattack}
+
+
+def _aware(spec: PurifierSpec) -> dict[str, Attack]:
     output = PurifierBPDA(spec.purifier, steps=spec.aware_steps, samples=spec.aware_samples)
-    return {AWARE: output, TRAJECTORY: dataclasses.replace(output, trajectory=True)}
+    return {
+        AWARE: output,
+        TRAJECTORY: dataclasses.replace(output, trajectory=True),
+        QUERIES: PurifierSquare(spec.purifier, spec.aware_queries),
+    }
 
 
 def _attacked(
@@ -243,13 +254,14 @@ def _prose(found: Measurements) -> tuple[str, ...]:
     return (
         said + more,
         "Accuracy over all images, wrong when clean or not. The attacks are made on the classifier without a defence, "
-        "but for BPDA, which is made through the purifier with seeds of its own.",
+        "but for BPDA and Square, which are made through the purifier with seeds of their own.",
     )
 
 
 def _bars(found: Measurements) -> Bars:
     return Bars(
-        title="Accuracy behind each defence", caption="BPDA is run on the first images only: its bars stand alone.",
+        title="Accuracy behind each defence",
+        caption="BPDA and Square are run on the first images only: their bars stand alone.",
         value_label="accuracy", series=DEFENCES,
         groups=tuple(
             BarGroup(name=name, cells=tuple(_share(one.right[defence]) for defence in DEFENCES))
@@ -265,7 +277,7 @@ def _table(found: Measurements) -> Table:
         rows.append((name, *(_share(one.right[defence]) for defence in DEFENCES), _pairs(one.right[PURIFIER], one)))
     one = found[OBLIVIOUS]
     first = {defence: one.right[defence][:few] for defence in DEFENCES}
-    rows.append((f"PGD, the same {few} images as BPDA", *(_share(first[defence]) for defence in DEFENCES), ""))
+    rows.append((f"PGD, the first {few} images", *(_share(first[defence]) for defence in DEFENCES), ""))
     return Table(
         title="The same in numbers", caption="McNemar's exact test on the same images.",
         columns=("attack", *DEFENCES, "purifier against the better of JPEG and TV"), rows=tuple(rows),
@@ -331,27 +343,31 @@ def _gallery(bench: Workbench, found: Measurements) -> tuple[Section, list[Pictu
 
 
 def _conclusion(name: str, found: Measurements) -> list[str]:
-    clean, plain, aware, trajectory = (found[one] for one in (CLEAN, OBLIVIOUS, AWARE, TRAJECTORY))
+    clean, plain, strong = (found[one] for one in (CLEAN, OBLIVIOUS, AUTOATTACK))
+    aware, trajectory, queries = (found[one] for one in (AWARE, TRAJECTORY, QUERIES))
     return [
         f"{name}: against PGD that knows of no defence, accuracy goes from {written(_share(plain.right[NONE]))} to "
         f"{written(_share(plain.right[PURIFIER]))} behind the purifier (JPEG {written(_share(plain.right[JPEG]))}, "
         f"total variation {written(_share(plain.right[TV]))}); on clean images it goes from "
         f"{written(_share(clean.right[NONE]))} to {written(_share(clean.right[PURIFIER]))}.",
+        f"{name}: against AutoAttack that knows of no defence, from {written(_share(strong.right[NONE]))} to "
+        f"{written(_share(strong.right[PURIFIER]))} (JPEG {written(_share(strong.right[JPEG]))}, total variation "
+        f"{written(_share(strong.right[TV]))}).",
         f"{name}: of {len(aware.right[PURIFIER])} images, BPDA with EOT on the purifier's output leaves "
-        f"{written(_share(aware.right[PURIFIER]))} right, and on its whole trajectory "
-        f"{written(_share(trajectory.right[PURIFIER]))}.",
+        f"{written(_share(aware.right[PURIFIER]))} right, on its whole trajectory "
+        f"{written(_share(trajectory.right[PURIFIER]))}, and Square, which asks the purified classifier, "
+        f"{written(_share(queries.right[PURIFIER]))}.",
     ]
 
 
 def _budgets(spec: PurifierSpec) -> list[BudgetLine]:
-    attack = PGD(steps=spec.attack_steps)
     images, few, restart = str(spec.images), str(spec.aware_images), "1"
     smoothing = f"Chambolle, weight {spec.tv_weight:g}"
     return [
-        BudgetLine(part=OBLIVIOUS, images=images, steps=attack.description, restarts=restart, queries="none"),
         *(
-            BudgetLine(part=name, images=few, steps=attack.description, restarts=restart, queries="none")
-            for name, attack in _aware(spec).items()
+            BudgetLine(part=name, images=count, steps=attack.description, restarts=restart, queries="none")
+            for count, attacks in ((images, _oblivious(spec)), (few, _aware(spec)))
+            for name, attack in attacks.items()
         ),
         BudgetLine(
             part=PURIFIER, images=images, steps=f"{spec.purifier.steps} of the prior, per image", restarts=restart,
