@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from device_tests.attacks.pgd import PGD
 from exporters.adapter.adapter_file import ADAPTER_NAME, read_adapter
 from exporters.export import ExportPlan, Templates, export
 from exporters.formats import FORMATS
@@ -26,7 +27,7 @@ from factory.block_shuffle import BlockShuffle
 from factory.classifier import ImageClassifier
 from factory.folding import bake
 from factory.keyed_transforms.bit_flip import BitFlip
-from factory.keyed_transforms.format_preserving import FormatPreserving, with_straight_through
+from factory.keyed_transforms.format_preserving import FormatPreserving
 from factory.keyed_transforms.neutral import neutral
 from factory.keyed_transforms.places import (
     CHOICE_OF_MEMBER,
@@ -184,24 +185,41 @@ def test_levels_survive_where_core_ml_scales_pixels_in_float16() -> None:
     assert np.array_equal(np.floor(value * np.float16(255) + np.float16(0.5)).astype(int), np.arange(256))
 
 
-def test_the_encryption_hides_gradients_and_an_attacker_gets_them_back(grey: Tensor) -> None:
+def test_the_gradient_leads_to_the_best_level_of_the_table(grey: Tensor) -> None:
     transform = built(FormatPreservingPart(), 7)
     assert isinstance(transform, FormatPreserving)
-    weight = torch.rand(grey.shape, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(grey.shape, generator=torch.Generator().manual_seed(1))
+    images = grey.clone().requires_grad_()
+    answers = transform(images)
+    with torch.no_grad():
+        assert torch.equal(answers, transform(grey))
+    (found,) = torch.autograd.grad((answers * weight).sum(), images)
+    # 24 of 49 places are encrypted; of the others the gradient is the plain one.
+    assert float((found == weight).float().mean()) == pytest.approx(25 / 49, abs=0.01)
+    # Every value by itself, to the level where the sum is largest: that is where the gradient pointed.
+    levels = torch.arange(-8, 9).view(-1, 1, 1, 1, 1) / 255
+    with torch.no_grad():
+        near = (grey + levels).clamp(0, 1)
+        gains = torch.stack([transform(one) for one in near]) * weight
+    way = ((near.gather(0, gains.argmax(0, keepdim=True))[0] - grey) * 255).round()
+    encrypted = found != weight
+    assert torch.equal(found[encrypted].sign(), way[encrypted].sign())
 
-    def gradient(module: nn.Module) -> Tensor:
-        images = grey.clone().requires_grad_()
-        (module(images) * weight).sum().backward()
-        assert images.grad is not None
-        return images.grad
 
-    attacked = with_straight_through(nn.Sequential(transform))
-    assert torch.allclose(attacked(grey), transform(grey), atol=1e-7)
-    hidden, shown = gradient(transform), gradient(attacked)
-    # 24 of 49 places are encrypted.
-    assert float((hidden == 0).float().mean()) == pytest.approx(24 / 49, abs=0.01)
-    assert torch.equal(shown, weight)
-    assert not transform.straight_through
+def test_attacks_that_follow_the_gradient_undo_the_encryption(tiny_base: Base, grey: Tensor) -> None:
+    """The same attack with a zero in place of the table's slope is weaker: the canary of a masked gradient."""
+    model = classifier(tiny_base, FormatPreservingPart(), 7).eval()
+    with torch.no_grad():
+        labels = model(grey).argmax(1)
+    candidates = PGD(10).generate(model, grey, labels, epsilon=8 / 255, seed=0)
+    images = grey.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(nn.functional.cross_entropy(model(images), labels), images)
+    assert float((slope == 0).float().mean()) < 0.05
+    with torch.no_grad():
+        kept = (model(candidates).argmax(1) == labels).float().mean()
+        noise = (grey + (torch.rand(grey.shape) - 0.5).sign() * 8 / 255).clamp(0, 1)
+        noisy = (model(noise).argmax(1) == labels).float().mean()
+    assert kept < noisy
 
 
 # Folding

@@ -7,15 +7,16 @@ key-derived permutation of 0 … 255 instead (:mod:`keys.permutation`, under a s
 program with its three decimal digits, of 0 … 999, of which 256 entries are used and the rest of the image is scaled
 along. FFX is a pseudo-random permutation of the same set, so that nobody without the key can tell the two apart.
 
-The transform is piecewise constant: its gradient is zero at the encrypted places. That hides gradients from white-box
-attacks and protects from none of them; attack it through :func:`with_straight_through`, or better through the table
-itself (docs/key-based-defence.md).
+The transform is piecewise constant: its gradient would be zero at the encrypted places. That would hide gradients from
+attackers and protect from none of them, because whoever holds the model holds the table: from the gradient g behind it,
+the best level v′ near v is that of the largest g·T[v′], exact to first order. So this is the gradient that the module
+hands out, in place of zero (BPDA; Athalye, Carlini and Wagner, ICML 2018, section 4.1): towards that level, as steep as
+what it gains. Every attack here, the canaries and adversarial training get it without knowing of it.
 """
 
 from __future__ import annotations
 
-import copy
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from torch.nn import functional
 from keys.errors import InputError
 
 LEVELS = 256
+REACH = 8
+"""How many 8-bit levels the handed-out gradient looks to either side; most attacks have 8/255."""
+
 Codes = Literal[256, 1000]
 
 
@@ -62,7 +66,6 @@ class FormatPreserving(nn.Module):
             raise InputError(f"The places to encrypt must be different numbers from 0 to {values - 1}.")
         self.channels, self.block_size, self.encrypted = channels, block_size, len(places)
         self.kept_scale = (LEVELS - 1) / (size - 1)
-        self.straight_through = False
         self.register_buffer("front", torch.from_numpy(front))
         self.register_buffer("back", torch.from_numpy(np.argsort(front)[order].astype(np.int64)))
         self.register_buffer("table", torch.from_numpy((codes[:LEVELS] / (size - 1)).astype(np.float32)))
@@ -77,23 +80,35 @@ class FormatPreserving(nn.Module):
         plain, kept = blocks[:, : self.encrypted], blocks[:, self.encrypted :]
         # floor(v + ½) and not round(v), which goes to even numbers: no image of 8 bits has such values.
         level = torch.floor(plain.clamp(0, 1) * (LEVELS - 1) + 0.5).to(torch.int64)
-        secret = self.table[level]
-        if self.straight_through:
-            secret = plain * self.kept_scale + (secret - plain * self.kept_scale).detach()
+        # Only for who differentiates in the image: exporters trace the lookup itself.
+        attacked = torch.is_grad_enabled() and images.requires_grad
+        secret = _Lookup.apply(plain, level, self.table) if attacked else self.table[level]
         if self.kept_scale != 1:
             kept = kept * self.kept_scale
         mixed = torch.cat([secret, kept], 1).index_select(1, self.back)
         return functional.pixel_shuffle(mixed, self.block_size)
 
 
-def with_straight_through(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` for white-box attackers: forward the same, backward as if nothing were encrypted.
+class _Lookup(torch.autograd.Function):
+    """``table[level]``, with the slope towards the best level within reach as its gradient."""
 
-    This is BPDA with the identity in place of the table (Athalye, Carlini and Wagner, ICML 2018). Its gradient is not
-    zero, but a random table keeps no neighbours: it says where a change matters, hardly in which direction.
-    """
-    attacked = copy.deepcopy(model)
-    for module in attacked.modules():
-        if isinstance(module, FormatPreserving):
-            module.straight_through = True
-    return attacked
+    @staticmethod
+    def forward(ctx: Any, plain: Tensor, level: Tensor, table: Tensor) -> Tensor:
+        """``plain`` is what ``level`` was rounded from, and what the gradient is for."""
+        ctx.save_for_backward(level, table)
+        return table[level].to(plain.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        """Of the levels within reach, the one that gains most: its gain per unit, with the sign of the way there."""
+        (gradient,) = gradients
+        level, table = ctx.saved_tensors
+        best, slope = torch.zeros_like(gradient), torch.zeros_like(gradient)
+        for offset in (*range(-REACH, 0), *range(1, REACH + 1)):
+            reached = level + offset
+            change = table[reached.clamp(0, LEVELS - 1)] - table[level]
+            gain = torch.where((reached >= 0) & (reached < LEVELS), gradient * change, 0.0)
+            better = gain > best
+            best = torch.where(better, gain, best)
+            slope = torch.where(better, gain * ((LEVELS - 1) / offset), slope)
+        return slope, None, None

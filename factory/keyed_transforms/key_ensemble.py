@@ -8,6 +8,9 @@ The hash is i = (Σ_j w_j · v[q[j]]) mod k of the c·H·W values v, with the pe
 numbers w_j = 1 + (j mod W). W is so small that the sum stays below 2³¹: 32-bit integers give the same choice in every
 runtime. It is linear, not cryptographic: a change of one value by one level moves the choice by a constant that the
 key decides. It keeps an outsider from knowing which model answers; it does not withstand an insider.
+
+The choice has no gradient, and the chosen member's alone leads to images that another member answers. Whoever
+differentiates in the image is handed the gradient of all members' mean (EOT; Athalye, Carlini and Wagner, ICML 2018).
 """
 
 from __future__ import annotations
@@ -58,7 +61,12 @@ class KeyEnsemble(nn.Module):
         if self.order is None:
             return logits.mean(1)
         chosen = self.choice(images).long().view(-1, 1, 1).expand(-1, 1, logits.shape[2])
-        return logits.gather(1, chosen).squeeze(1)
+        answer = logits.gather(1, chosen).squeeze(1)
+        if torch.is_grad_enabled() and images.requires_grad:
+            # One step of an attack may change the choice; its expectation over the members is what it has to climb.
+            mean = logits.mean(1)
+            return answer.detach() + mean - mean.detach()
+        return answer
 
     def choice(self, images: Tensor) -> Tensor:
         """Which member answers for each image: int32 N of 0 … k − 1. Raises InputError if all are averaged."""
