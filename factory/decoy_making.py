@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from device_tests.attacks.attack import Attack
 from device_tests.attacks.catalogue import named_attacks
 from device_tests.crafting import craft
 from device_tests.ensemble import Ensemble
@@ -50,6 +51,12 @@ def open_pool(
     return load_pool(path, origin, part.share)
 
 
+def attack_of(part: DecoysPart) -> Attack:
+    """The attack that ``part`` names; raises InputError if there is none of that name."""
+    (attack,) = named_attacks([part.attack], pgd_steps=part.steps, momentum_steps=part.steps)
+    return attack
+
+
 def _sources(
     part: DecoysPart, base: Base, recipe: RecipeSettings, splits: Splits, shared: Path, progress: Progress
 ) -> list[Source]:
@@ -69,7 +76,7 @@ def _sources(
 
 
 def _attack(part: DecoysPart, source: Source, splits: Splits, cache: Path, progress: Progress) -> torch.Tensor:
-    (attack,) = named_attacks([part.attack], pgd_steps=part.steps, momentum_steps=part.steps)
+    attack = attack_of(part)
     taken = splits.train.take(part.images)
     total = len(taken) * attack.gradients_per_image
     with progress.stage(f"decoys from {source.id}", total=total, unit="gradients") as stage:

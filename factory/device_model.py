@@ -33,12 +33,13 @@ from factory.classifier import ImageClassifier
 from factory.data import Splits
 from factory.decoys import DecoyPool
 from factory.keyed_transforms.key_ensemble import DeviceClassifier
+from factory.networks import traits
 from factory.progress import Progress
 from factory.recipes.key_ensemble import KeyEnsemblePart
-from factory.recipes.recipe import RecipeSettings
+from factory.recipes.recipe import RecipeSettings, check_recipe
 from factory.seeds import derive_seed
 from factory.train import Epoch, train
-from keys.derive import DeviceKey
+from keys.derive import DeviceKey, fixed_guess
 from keys.errors import InputError
 from keys.files import write_atomic
 
@@ -70,6 +71,23 @@ def keyed_transform(base: Base, recipe: RecipeSettings, key: DeviceKey | None) -
     """What the recipe does to images of this base under ``key``; None: nothing, as in an un-keyed control."""
     recipe.transform.check(base.network)
     return recipe.transform.build(key, base.architecture.contract.shape, block_size(base, recipe))
+
+
+def check_parts(base: Base, recipe: RecipeSettings) -> None:
+    """Make every part once, before anything is trained. Raises InputError for what does not suit ``base``.
+
+    The base may have classes other than the data's. torch's global generator is left as it was.
+    """
+    check_recipe(recipe, traits(base.network), f"base {base.architecture.name}")
+    keyed_transform(base, recipe, fixed_guess("check"))
+    with torch.random.fork_rng(devices=[]):
+        recipe.objective.build(base.network, 2, 0.0)
+    if recipe.curriculum is not None:
+        recipe.curriculum.build()
+    if recipe.decoys is not None:
+        recipe.decoys.check()
+    if recipe.keys is not None:
+        recipe.keys.build([nn.Identity()] * recipe.keys.count, None, base.architecture.contract.shape)
 
 
 def public_model(base: Base, recipe: RecipeSettings) -> ImageClassifier:

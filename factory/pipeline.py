@@ -29,7 +29,7 @@ from factory.attackers import BASE, who_attacks
 from factory.base import load_base, read_base
 from factory.classifier import ImageClassifier
 from factory.data import load_splits
-from factory.device_model import DeviceModel, block_size, make_device_model, public_model
+from factory.device_model import DeviceModel, block_size, check_parts, make_device_model, public_model
 from factory.estimate import estimate
 from factory.examination import examine
 from factory.fleet import Candidate, Findings, Fleet, Verdict
@@ -42,7 +42,7 @@ from factory.progress import Progress, log_to
 from factory.quantised import judge_quantised
 from factory.queries import query_attacks
 from factory.recipes.part import Trait
-from factory.recipes.recipe import RecipeSettings, check_recipe
+from factory.recipes.recipe import RecipeSettings
 from factory.registry import Registry
 from factory.release import check_enough_images, publish, release_rule
 from factory.seeds import derive_seed
@@ -102,8 +102,8 @@ def open_fleet(
     if not settings.device_ids or len(set(settings.device_ids)) < len(settings.device_ids):
         raise InputError("A fleet needs one or more devices, each with its own id.")
     known = read_base(settings.base)
-    check_recipe(settings.recipe, traits(known.network), f"base {known.architecture.name}")
-    block_size(known, settings.recipe)  # refuses one that does not tile the image
+    check_parts(known, settings.recipe)
+    attacks_of(settings.verification)  # refuses a name that there is not
     splits = load_splits(settings.data, known.architecture.contract, folder.cache, progress)
     base = load_base(settings.base, splits.labels, settings.seed)
     if base.architecture.contract.channels * block_size(base, settings.recipe) ** 2 < FEW_VALUES:

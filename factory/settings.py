@@ -208,6 +208,8 @@ class FleetSettings(Section):
         recipe = self.recipe
         if self.export.adapters and recipe.adaptation != "lora":
             raise ValueError(f"export.adapters needs recipe.adaptation lora, not {recipe.adaptation}")
+        if self.export.adapters and recipe.objective.changes_network:
+            raise ValueError("export.adapters needs recipe.objective.inference softmax, as others end the graph anew")
         if self.export.adapters and recipe.keys is not None:
             raise ValueError("export.adapters needs one key per device, not an ensemble as recipe.keys asks for")
         encryption = recipe.transform if isinstance(recipe.transform, FormatPreservingPart) else None
@@ -229,16 +231,24 @@ def parse(section: type[SectionT], values: Mapping[str, Any], where: str) -> Sec
         return section.model_validate(values)
     except ValidationError as error:
         fault = error.errors()[0]
-        name = ".".join(str(part) for part in fault["loc"]) or "the settings"
-        raise InputError(f"In {where}, {name}: {_in_words(fault)} (got {fault.get('input')!r}).") from error
+        if not fault["loc"]:  # of several settings together: its words name them
+            raise InputError(f"In {where}: {fault_in_words(fault)}.") from error
+        name = ".".join(str(part) for part in fault["loc"])
+        raise InputError(f"In {where}, {name}: {fault_in_words(fault)} (got {fault.get('input')!r}).") from error
 
 
-def _in_words(fault: ErrorDetails) -> str:
+def fault_in_words(fault: ErrorDetails) -> str:
     """What is wrong, in the words of a fleet file and not of the library that checks it."""
-    if fault["type"] == "extra_forbidden":
+    if fault["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
         return "there is no such setting; docs/fleet-file.md lists all"
     if fault["type"] == "tuple_type":
         return "should be a list, in square brackets"
+    if fault["type"] == "union_tag_invalid":
+        return f"there is no such kind; there are {fault.get('ctx', {})['expected_tags']}"
+    if fault["type"] == "union_tag_not_found":
+        return "it names no kind; docs/recipes.md lists all"
+    if fault["type"] in {"model_type", "model_attributes_type", "dataclass_type"}:
+        return "should be a table of settings"
     return fault["msg"].removeprefix("Value error, ").removesuffix(".")
 
 

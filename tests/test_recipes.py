@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 
 from exporters.golden import GOLDEN_NAME
 from exporters.manifest import Manifest
 from exporters.package import sign_package, write_package
+from factory.base import read_base
+from factory.device_model import check_parts
 from factory.networks import traits
 from factory.own_networks import NAMES
 from factory.purifier.settings import PurifierSettings
@@ -19,7 +22,7 @@ from factory.purifier.victim import load_victim
 from factory.recipes.recipe import RecipeSettings, check_recipe
 from factory.recipes.table import NETWORKS
 from factory.recipes.volumize import VolumizePart
-from factory.settings import FleetSettings, parse
+from factory.settings import BaseSettings, FleetSettings, parse
 from keys.errors import InputError, PackageError
 from keys.files import folder_being_written
 from keys.signing import SigningKey
@@ -60,11 +63,60 @@ def test_parts_that_do_not_go_together_are_one_sentence(recipe: dict[str, object
         ({"curriculum": {"metric": "raster", "lessons": 3}}, "there is no such setting"),
         ({"decoys": {"share": 1.0}}, "decoys.share"),
         ({"keys": {"count": 1}}, "keys.count"),
+        ({"transform": {"kind": "rot13"}}, "there is no such kind; there are 'block-shuffle', 'bit-flip'"),
+        ({"transform": {"shuffle": True}}, "recipe.transform: it names no kind"),
+        ({"purifier": {"settings": {"stepz": 3}}}, "stepz: there is no such setting"),
+        ("volumization", "recipe: should be a table of settings"),
+        ({"decoys": {"epsilon": 0.001}}, "decoys.epsilon"),
     ],
 )
-def test_unknown_parts_and_settings_are_refused(values: dict[str, object], said: str) -> None:
+def test_unknown_parts_and_settings_are_refused(values: object, said: str) -> None:
     with pytest.raises(InputError, match=said):
         parse(FleetSettings, {"recipe": values}, "the settings")
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"keys": {"count": 2}},
+        {"objective": {"kind": "prototype-conformity", "inference": "nearest-prototype"}},
+        {"transform": {"kind": "format-preserving", "codes": 1000}},
+        {"adaptation": "full"},
+    ],
+)
+def test_recipes_without_adapter_packages_are_one_sentence(recipe: dict[str, object]) -> None:
+    with pytest.raises(InputError, match=r"^In the settings: export\.adapters needs [^{]*$"):
+        parse(FleetSettings, {"recipe": recipe, "export": {"adapters": True}}, "the settings")
+
+
+@pytest.mark.parametrize(
+    ("base", "recipe", "said"),
+    [
+        ("shipped", {"block_size": 5}, "Block size 5 does not divide"),
+        ("shipped", {"curriculum": {"bins": 10}}, "Histograms have 2, 4, 8"),
+        ("shipped", {"decoys": {"attack": "magic"}}, "There is no attack 'magic'"),
+        ("shipped", {"objective": {"kind": "prototype-conformity", "depths": ["layer9"]}}, "has no part 'layer9'"),
+        ("vgg3d", {"transform": {"kind": "volumize"}}, "adaptation 'lora' needs"),
+        ("vgg3d", {"adaptation": "full", "transform": {"kind": "volumize", "patch_size": 5}}, "set its patch_size to"),
+    ],
+)
+def test_what_does_not_suit_the_base_is_refused_before_training(
+    base: str, recipe: dict[str, object], said: str
+) -> None:
+    known = read_base(BaseSettings(name=base))
+    state = torch.get_rng_state()
+    with pytest.raises(InputError, match=said):
+        check_parts(known, RecipeSettings.model_validate(recipe))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_recipe_of_many_parts_passes_the_check() -> None:
+    recipe = {"objective": {"kind": "prototype-conformity"}, "decoys": {}, "curriculum": {}, "adversarial": {},
+              "keys": {"combine": "random"}, "transform": {"kind": "bit-flip", "shuffle": True}}  # fmt: skip
+    known = read_base(BaseSettings())
+    state = torch.get_rng_state()
+    check_parts(known, RecipeSettings.model_validate(recipe))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_part_that_changes_nothing_is_not_written() -> None:

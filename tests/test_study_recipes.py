@@ -102,9 +102,9 @@ def test_a_recipe_goes_over_the_studys() -> None:
 @pytest.mark.parametrize(
     ("recipe", "said"),
     [
-        ("{transform: {kind: rot13}}", "the recipe of arm a, transform: Input tag 'rot13'"),
+        ("{transform: {kind: rot13}}", "the recipe of arm a, transform: there is no such kind"),
         ("{keys: {count: 1}}", "the recipe of arm a, keys.count: Input should be greater"),
-        ("{blocksize: 7}", "the recipe of arm a, blocksize: Extra inputs"),
+        ("{blocksize: 7}", "the recipe of arm a, blocksize: there is no such setting"),
         ("{training: {epochs: 0}}", "the recipe of arm a, training.epochs: Input should be greater"),
     ],
 )

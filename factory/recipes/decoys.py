@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from device_tests.perturbation import Norm, Perturbation
 from factory.recipes.part import Part
+from keys.errors import InputError
 
 if TYPE_CHECKING:
     from factory.base import Base
@@ -28,6 +30,21 @@ class DecoysPart(Part):
     steps: int = Field(default=10, ge=1)
     epsilon: float = Field(default=8 / 255, gt=0, le=1, description="L-infinity budget on inputs in [0, 1]")
     seed: int = Field(default=0, ge=0)
+
+    @field_validator("epsilon")
+    @classmethod
+    def _reaches(cls, epsilon: float) -> float:
+        try:
+            Perturbation(Norm.LINF, epsilon)
+        except InputError as error:
+            raise ValueError(str(error)) from error
+        return epsilon
+
+    def check(self) -> None:
+        """Raise InputError if there is no such attack."""
+        from factory.decoy_making import attack_of
+
+        attack_of(self)
 
     def open(self, base: Base, recipe: RecipeSettings, splits: Splits, shared: Path, progress: Progress) -> DecoyPool:
         """The fleet's pool, made in ``shared`` when it is first asked for."""

@@ -9,8 +9,9 @@ import inspect
 import json
 from collections.abc import Iterator
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
 from factory.recipes.part import Part, Trait
@@ -59,13 +60,22 @@ def _parts(annotation: Any) -> Iterator[type[Part]]:
 
 def _kind(part: type[Part]) -> str:
     field = part.model_fields.get("kind")
-    return "" if field is None else f"`{field.default}`"
+    return "" if field is None else ", ".join(f"`{kind}`" for kind in (field.default, *_others(field)))
 
 
 def _settings(part: type[Part]) -> str:
-    defaults = {name: field.default for name, field in part.model_fields.items() if name != "kind"}
-    shown = [f"`{name}` ({json.dumps(to_jsonable_python(value))})" for name, value in defaults.items()]
-    return ", ".join(shown) or "–"
+    fields = {name: field for name, field in part.model_fields.items() if name != "kind"}
+    return ", ".join(f"`{name}` ({_values(field)})" for name, field in fields.items()) or "–"
+
+
+def _values(field: FieldInfo) -> str:
+    """The default, and behind it what else can be chosen."""
+    return " or ".join(json.dumps(to_jsonable_python(value)) for value in (field.default, *_others(field)))
+
+
+def _others(field: FieldInfo) -> list[Any]:
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    return [value for value in choices if value != field.default]
 
 
 if __name__ == "__main__":

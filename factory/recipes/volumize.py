@@ -38,7 +38,8 @@ class VolumizePart(TransformPart):
         if made_for is not None and made_for[1] != self.patch_size:
             raise InputError(
                 f"The base was made for patches of {made_for[1]} pixels, and the recipe's transform cuts patches of "
-                f"{self.patch_size}; let them agree."
+                f"{self.patch_size}; set its patch_size to {made_for[1]}, or pre-train a base with --model-arg "
+                f"patch_size={self.patch_size}."
             )
 
     def build(self, key: DeviceKey | None, shape: tuple[int, int, int], block_size: int) -> Volumize:

@@ -22,7 +22,7 @@ from factory.recipes.cross_entropy import CrossEntropyPart
 from factory.recipes.recipe import Objective, RecipeSettings
 from factory.recipes.training import TrainingSettings
 from factory.section import Section
-from factory.settings import BaseSettings, DataSettings, read_fleet_file
+from factory.settings import BaseSettings, DataSettings, fault_in_words, read_fleet_file
 from keys.errors import InputError
 
 _SHIPPED = Path(__file__).parent.parent / "assets" / "studies"
@@ -123,7 +123,7 @@ class Spec(Section):
         except ValidationError as error:
             fault = error.errors()[0]
             place = ".".join(str(part) for part in fault["loc"])
-            raise ValueError(f"the recipe of arm {settings.name}, {place}: {fault['msg']}") from error
+            raise ValueError(f"the recipe of arm {settings.name}, {place}: {fault_in_words(fault)}") from error
         return Arm(settings.name, recipe, keyed=settings.keyed)
 
 

@@ -31,9 +31,8 @@ from factory.attackers import BASE, colluding_groups
 from factory.base import load_base, read_base
 from factory.classifier import ImageClassifier
 from factory.data import load_splits
-from factory.networks import traits
+from factory.device_model import check_parts
 from factory.progress import Progress, log_to
-from factory.recipes.recipe import check_recipe
 from factory.studies.spec import ArmSettings, Spec
 from factory.studies.zoo import Member, Zoo
 from factory.verification import Attacked, AttackedSource, attack_source, self_checks, weak_sources
@@ -54,7 +53,7 @@ class Workbench:
         known = read_base(spec.base)
         architecture = known.architecture
         for arm in spec.arms:
-            check_recipe(spec.arm(arm).recipe, traits(known.network), f"base {architecture.name}")
+            check_parts(known, spec.arm(arm).recipe)
         self.splits = load_splits(spec.data, architecture.contract, folder / "data", progress)
         if spec.training_images is not None:
             self.splits = dataclasses.replace(self.splits, train=self.splits.train.take(spec.training_images))
