@@ -97,6 +97,15 @@ def test_recipes_without_adapter_packages_are_one_sentence(recipe: dict[str, obj
         ("shipped", {"decoys": {"attack": "magic"}}, "There is no attack 'magic'"),
         ("shipped", {"objective": {"kind": "prototype-conformity", "depths": ["layer9"]}}, "has no part 'layer9'"),
         ("vgg3d", {"transform": {"kind": "volumize"}}, "adaptation 'lora' needs"),
+        (
+            "resnet3d",
+            {
+                "adaptation": "full",
+                "transform": {"kind": "volumize", "patch_size": 16},
+                "objective": {"kind": "prototype-conformity", "depths": [1.0], "inference": "nearest-prototype"},
+            },
+            "answers for every patch, which the nearest prototype cannot",
+        ),
         ("vgg3d", {"adaptation": "full", "transform": {"kind": "volumize", "patch_size": 5}}, "set its patch_size to"),
     ],
 )

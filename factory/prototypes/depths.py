@@ -79,7 +79,9 @@ def _find(network: nn.Module, wanted: str | float) -> Depth:
         layer = network.get_submodule(name)
         width = getattr(layer, "in_features", None)
         if not isinstance(width, int):
-            raise InputError(f"The classifier {name} is a {type(layer).__name__}, not one linear layer.")
+            raise InputError(
+                f"The classifier {name} is a {type(layer).__name__}, not one linear layer; name the depths without 1.0."
+            )
         return Depth("1.0", name, True, width)
     stages = _stages(network)
     name = stages[math.ceil(wanted * len(stages) - 1e-9) - 1]

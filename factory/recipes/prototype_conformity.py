@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from factory.recipes.part import ObjectivePart
+from factory.recipes.part import ObjectivePart, Trait
 from keys.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,12 +50,21 @@ class PrototypeConformityPart(ObjectivePart):
         return self.inference == "nearest-prototype"
 
     def build(self, network: nn.Module, classes: int, label_smoothing: float) -> Objective:
-        """The joint loss, with branches and centroids for ``network``; raises InputError for depths it lacks."""
-        from factory.prototypes.depths import find_depths
+        """The joint loss, with branches and centroids for ``network``.
+
+        Raises InputError for depths it lacks, and where nearest prototypes would have to answer for every patch.
+        """
+        from factory.networks import traits
+        from factory.prototypes.depths import find_depths, plain
         from factory.prototypes.objective import ConformityObjective, Weights
 
         if classes < 2:
             raise InputError("Prototypes are pushed away from other classes, and the data set has only one class.")
+        if self.changes_network and Trait.PATCH_LOGITS in traits(plain(network)):
+            raise InputError(
+                f"A {type(plain(network)).__name__} answers for every patch, which the nearest prototype cannot; set "
+                "the objective's inference to softmax."
+            )
         return ConformityObjective(
             find_depths(network, self.depths), classes, dimension=self.dimension, tokens=self.tokens,
             bound=self._bound(), weights=Weights(self.weight, self.auxiliary_cross_entropy, self.centroid_rate),
