@@ -24,8 +24,8 @@ from exporters.formats import FORMATS
 from exporters.manifest import Manifest
 from exporters.package_rules import SIGNATURE_CONTEXT
 from factory.recipes.part import Part
-from factory.recipes.recipe import PARTS, RecipeSettings
-from factory.recipes.table import markdown
+from factory.recipes.recipe import PARTS, RecipeSettings, check_recipe
+from factory.recipes.table import NETWORKS, markdown
 from factory.settings import FleetSettings, parse
 from factory.studies.spec import (
     ArmSettings,
@@ -120,6 +120,16 @@ def test_the_table_of_settings_is_that_of_the_code() -> None:
 def test_the_tables_of_parts_are_those_of_the_code() -> None:
     for part in markdown().split("\n\n"):
         assert part.strip() in text_of("docs/recipes.md"), "run python -m factory.recipes.table; paste what it prints"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["README.md", "docs/recipes.md", "docs/key-based-defence.md", "docs/prototype-conformity.md"],
+)
+def test_the_recipes_in_the_documents_are_read(name: str) -> None:
+    (block,) = code_blocks(name, "toml")
+    recipe = parse(FleetSettings, tomllib.loads(block), name).recipe
+    check_recipe(recipe, NETWORKS["ViT, Eva, Beit"], "the shipped base")
 
 
 def test_every_setting_is_explained() -> None:
