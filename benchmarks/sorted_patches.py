@@ -28,9 +28,9 @@ from device_tests.evidence import Proportion
 from factory.data import SAMPLE
 from factory.idx import find_idx, read_idx
 from factory.volumization.networks import AGGREGATES, build_network
-from factory.volumization.order import keyed_order
 from factory.volumization.patch_loss import patch_aggregate_loss
 from factory.volumization.volumize import Volumize
+from keys.permutation import permutation
 
 ARMS = (
     ("vgg2d", None), ("vgg3d", "raster"), ("vgg3d", "key"), ("vgg3d", "entropy"), ("vgg3d", "mse"),
@@ -44,8 +44,8 @@ class Arm(nn.Module):
     def __init__(self, kind: str, order: str | None, asked: argparse.Namespace) -> None:
         super().__init__()
         patches = 1 if order is None else (28 // asked.side) ** 2
-        permutation = keyed_order(bytes(range(32)), patches) if order == "key" else None
-        self.volumize = None if order is None else Volumize(asked.side, order, permutation=permutation)
+        order_of_key = permutation(bytes(range(32)), patches) if order == "key" else None
+        self.volumize = None if order is None else Volumize(asked.side, order, permutation=order_of_key)
         self.network = build_network(
             kind,
             channels=1,

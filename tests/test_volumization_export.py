@@ -22,9 +22,10 @@ from factory.data import FASHION_MNIST_LABELS, SAMPLE
 from factory.idx import find_idx, read_idx
 from factory.volumization.metrics import METRICS
 from factory.volumization.networks import build_network
-from factory.volumization.order import ORDERS, keyed_order
+from factory.volumization.order import ORDERS
 from factory.volumization.volumize import Volumize
 from keys.errors import InputError
+from keys.permutation import permutation
 
 GREY = InputContract(channels=1, height=28, width=28, resize="none")
 LABELS = list(FASHION_MNIST_LABELS)
@@ -44,7 +45,7 @@ def images() -> np.ndarray:
 
 
 def transform(order: str) -> Volumize:
-    return Volumize(7, order, permutation=keyed_order(bytes(32), PATCHES) if order == "key" else None)
+    return Volumize(7, order, permutation=permutation(bytes(32), PATCHES) if order == "key" else None)
 
 
 class OrdersAsLogits(nn.Module):

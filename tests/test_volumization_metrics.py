@@ -17,12 +17,10 @@ from factory.volumization.order import (
     ORDERS,
     ascending,
     check_order,
-    keyed_order,
     metric_order,
     reference_index,
 )
 from keys.errors import InputError
-from keys.permutation import permutation
 
 DISTANCES = [name for name, metric in METRICS.items() if metric.distance]
 
@@ -203,9 +201,7 @@ def test_a_permuted_histogram_is_a_tie() -> None:
     assert metric_order("entropy", patches).tolist() == [list(range(50))]
 
 
-def test_the_order_by_key_is_the_permutation_of_the_key() -> None:
-    key = bytes(range(32))
-    assert np.array_equal(keyed_order(key, 16), permutation(key, 16))
+def test_the_orders_are_the_metrics_the_key_and_none() -> None:
     assert set(ORDERS) == {*METRICS, "key", "raster"}
 
 

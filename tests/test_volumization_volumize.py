@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from factory.data import SAMPLE
 from factory.idx import find_idx, read_idx
-from factory.volumization.order import ORDERS, keyed_order, metric_order
+from factory.volumization.order import ORDERS, metric_order
 from factory.volumization.volumize import Volumize, patches_of
 from keys.errors import InputError
+from keys.permutation import permutation
 
 METRIC_ORDERS = [name for name in ORDERS if name not in ("key", "raster")]
 
@@ -24,7 +25,7 @@ def real_images(count: int) -> torch.Tensor:
 
 
 def transform(order: str, patch_size: int, patches: int) -> Volumize:
-    key = keyed_order(bytes(32), patches) if order == "key" else None
+    key = permutation(bytes(32), patches) if order == "key" else None
     return Volumize(patch_size, order, permutation=key)
 
 
@@ -76,7 +77,7 @@ def test_patches_stand_row_by_row() -> None:
 
 
 def test_the_key_alone_decides_the_order_by_key() -> None:
-    key = keyed_order(bytes(range(32)), 16)
+    key = permutation(bytes(range(32)), 16)
     volumize = Volumize(7, "key", permutation=key)
     images = real_images(4)
     assert volumize.orders(images).tolist() == [key.tolist()] * 4

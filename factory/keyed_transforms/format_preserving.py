@@ -16,7 +16,7 @@ what it gains. Every attack here, the canaries and adversarial training get it w
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,8 +28,6 @@ from keys.errors import InputError
 LEVELS = 256
 REACH = 8
 """How many 8-bit levels the handed-out gradient looks to either side; most attacks have 8/255."""
-
-Codes = Literal[256, 1000]
 
 
 class FormatPreserving(nn.Module):

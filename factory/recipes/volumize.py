@@ -44,8 +44,8 @@ class VolumizePart(TransformPart):
 
     def build(self, key: DeviceKey | None, shape: tuple[int, int, int], block_size: int) -> Volumize:
         """The stack of patches; only the order ``key`` depends on the key, and is row by row without one."""
-        from factory.volumization.order import keyed_order
         from factory.volumization.volumize import Volumize, check_patches
+        from keys.permutation import permutation
 
         _, height, width = shape
         check_patches(self.patch_size, height, width)
@@ -54,4 +54,4 @@ class VolumizePart(TransformPart):
         if key is None:
             return Volumize(self.patch_size, "raster", self.bins)
         patches = (height // self.patch_size) * (width // self.patch_size)
-        return Volumize(self.patch_size, "key", self.bins, keyed_order(key, patches))
+        return Volumize(self.patch_size, "key", self.bins, permutation(key, patches))

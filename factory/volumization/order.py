@@ -10,16 +10,12 @@ nothing in an image can change it), and ``raster``, row by row: no sorting, a co
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from factory.volumization.histograms import BINS, levels
 from factory.volumization.metrics import METRICS, Compared, check_size, metric_named, score_of_entropy
-from keys.derive import DeviceKey
 from keys.errors import InputError
-from keys.permutation import permutation
 
 KEY, RASTER = "key", "raster"
 ORDERS = (*METRICS, KEY, RASTER)
@@ -69,11 +65,3 @@ def metric_order(metric: str, patches: Tensor, bins: int = BINS, reference: Tens
     elif reference is not None:
         against = levels(reference.unsqueeze(1))
     return ascending(measured.score(Compared(found, against, bins)))
-
-
-def keyed_order(key: bytes | DeviceKey, number: int) -> NDArray[np.int64]:
-    """The order of ``number`` patches that the device's ``key`` stands for: int64 (N,).
-
-    Raises :class:`InputError` as :func:`keys.permutation.permutation` does.
-    """
-    return permutation(key, number)

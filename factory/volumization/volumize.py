@@ -31,7 +31,7 @@ class Volumize(nn.Module):
     """Float images (B, C, H, W) in [0, 1] to volumes (B, C, N, h, w) of N patches of h = w = ``patch_size`` pixels.
 
     ``order``: one of :data:`~factory.volumization.order.ORDERS`. ``bins``: of the histograms of a metric.
-    ``permutation``: the N indices of the order ``key`` (see :func:`~factory.volumization.order.keyed_order`), and of
+    ``permutation``: the N indices of the order ``key`` (see :func:`keys.permutation.permutation`), and of
     no other. Raises :class:`InputError` for another order, bins that are no power of two, or a permutation that is
     missing, unexpected or none.
     """
