@@ -16,8 +16,8 @@ from factory.classifier import ImageClassifier
 from factory.data import load_splits
 from factory.progress import Progress
 from factory.purifier.aware_attack import PurifierBPDA, PurifierSquare
-from factory.purifier.baselines import psnr
 from factory.purifier.decision import Crossing, Decision, find_crossings, localise, stitch
+from factory.purifier.likeness import psnr
 from factory.purifier.purify import Purified, purify
 from factory.purifier.settings import PurifierSettings
 from factory.purifier.trajectory import Reconstructions, judged, reconstruct

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from factory.purifier.baselines import psnr
+from factory.purifier.likeness import psnr
 from factory.purifier.prior_network import PriorShape, first_code, first_weights, render
 from factory.purifier.settings import PurifierSettings
 from factory.purifier.trajectory import CHECKPOINT_EVERY, judged, reconstruct

@@ -25,6 +25,8 @@ from device_tests.attacks.attack import Attack
 from device_tests.attacks.autoattack import AutoAttack
 from device_tests.attacks.pgd import PGD
 from device_tests.crafting import content_key, craft
+from device_tests.defences.jpeg import JpegCompression
+from device_tests.defences.total_variation import TotalVariation
 from device_tests.evidence import Proportion
 from device_tests.images import from_8bit
 from device_tests.perturbation import Perturbation
@@ -44,7 +46,7 @@ from device_tests.statistics import Pairs
 from device_tests.threats import Source, Threat
 from exporters.run_torch import TorchRuntime
 from factory.purifier.aware_attack import PurifierBPDA, PurifierSquare
-from factory.purifier.baselines import jpeg, psnr, ssim, total_variation
+from factory.purifier.likeness import psnr, ssim
 from factory.purifier.purify import purify
 from factory.purifier.settings import PurifierSettings
 from factory.studies.spec import PurifierSpec
@@ -58,6 +60,7 @@ DEFENCES = (NONE, JPEG, TV, PURIFIER)
 CLEAN, OBLIVIOUS, AUTOATTACK = "clean", "PGD", "AutoAttack"
 AWARE, TRAJECTORY, QUERIES = "BPDA with EOT", "BPDA on the trajectory", "Square through the purifier"
 _FORMAT = "1"
+_TV_STEPS = 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,12 +177,12 @@ def _answered(
     bench: Workbench, spec: PurifierSpec, victim: Victim, images: np.ndarray, clean: np.ndarray, labels: np.ndarray,
     name: str,
 ) -> Answered:  # fmt: skip
-    smooth = total_variation(torch.from_numpy(from_8bit(images)), spec.tv_weight)
+    given = torch.from_numpy(from_8bit(images))
     purified, changed, diverged = _purified(bench, victim, images, labels, spec.purifier, name)
     shown = {
         NONE: images,
-        JPEG: jpeg(images, spec.jpeg_quality),
-        TV: _levels(smooth),
+        JPEG: _levels(JpegCompression(spec.jpeg_quality)(given)),
+        TV: _levels(TotalVariation(spec.tv_weight, _TV_STEPS)(given)),
         PURIFIER: purified,
     }
     runtime = TorchRuntime(victim.model)
