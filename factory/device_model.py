@@ -62,6 +62,8 @@ class DeviceModel:
 
 def block_size(base: Base, recipe: RecipeSettings) -> int:
     """The recipe's M, or the base's own; raises InputError if blocks do not tile the image."""
+    if recipe.transform.own_block_size is not None:
+        return recipe.transform.own_block_size  # which it checks itself
     size = recipe.block_size or base.default_block_size
     check_block_size(size, base.architecture.contract.height, base.architecture.contract.width)
     return size

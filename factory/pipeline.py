@@ -106,8 +106,9 @@ def open_fleet(
     attacks_of(settings.verification)  # refuses a name that there is not
     splits = load_splits(settings.data, known.architecture.contract, folder.cache, progress)
     base = load_base(settings.base, splits.labels, settings.seed)
-    if base.architecture.contract.channels * block_size(base, settings.recipe) ** 2 < FEW_VALUES:
-        progress.say(f"Warning: blocks of fewer than {FEW_VALUES} values have so few permutations that keys collide.")
+    side, shape = block_size(base, settings.recipe), base.architecture.contract.shape
+    if (count := settings.recipe.transform.permuted(shape, side)) < FEW_VALUES:
+        progress.say(f"Warning: keys collide, because {count} values (or patches) have so few orders.")
     check_enough_images(release_rule(settings.release), settings.verification.images, len(splits.test))
     folder.settle(settings)
     log_to(folder.log)

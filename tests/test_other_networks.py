@@ -30,6 +30,7 @@ from factory.progress import Progress
 from factory.recipes.part import Trait
 from factory.recipes.recipe import RecipeSettings
 from factory.recipes.training import TrainingSettings
+from factory.recipes.volumize import VolumizePart
 from factory.train import train
 from keys.errors import InputError
 
@@ -171,6 +172,8 @@ def test_blocks_are_patches_or_four_pixels() -> None:
     with pytest.raises(InputError, match="has no patches, so that blocks are of 4 pixels unless"):
         block_size(base, FULL)
     assert block_size(base, FULL.model_copy(update={"block_size": 5})) == 5
+    # What cuts patches of its own asks for no blocks.
+    assert block_size(base, FULL.model_copy(update={"transform": VolumizePart(patch_size=15)})) == 15
 
 
 def test_what_each_network_has() -> None:

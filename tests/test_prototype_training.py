@@ -203,6 +203,8 @@ def test_inference_by_prototypes_needs_the_last_depth() -> None:
         PrototypeConformityPart(depths=(1.0, 0.5), inference="nearest-prototype")
     with pytest.raises(InputError, match="only one class"):
         PrototypeConformityPart().build(SmallCnn(), 1, 0.0)
+    with pytest.raises(InputError, match="no class token"):
+        PrototypeConformityPart(tokens="class").build(SmallCnn(), 10, 0.0)
 
 
 def separation(model: ImageClassifier, split: Split) -> float:

@@ -149,15 +149,18 @@ def _after(features: dict[str, Tensor], name: str) -> Any:
     return keep
 
 
+def class_tokens(network: nn.Module) -> int:
+    """How many tokens come before those of the patches; 0 also where there are no tokens at all."""
+    return getattr(plain(network), "num_prefix_tokens", 0)
+
+
 def pooled(features: Tensor, depth: Depth, network: nn.Module, tokens: Tokens) -> Tensor:
     """One vector per image, N×width: of maps N×C×H×W (or N×C×D×H×W) the mean place, of tokens N×T×d by ``tokens``.
 
     Raises InputError if that is not as wide as the depth was found to be.
     """
     if features.ndim == 3:
-        first = getattr(plain(network), "num_prefix_tokens", 0)
-        if tokens == "class" and not first:
-            raise InputError("This network has no class token; set the prototypes' tokens to average.")
+        first = class_tokens(network)
         features = features[:, 0] if tokens == "class" else features[:, first:].mean(dim=1)
     elif features.ndim > 3:
         features = features.flatten(2).mean(dim=2)

@@ -62,6 +62,15 @@ class TransformPart(Part):
         """The transform in a report's words, for blocks of ``block_size`` pixels."""
         return f"{self.title} M = {block_size}"
 
+    @property
+    def own_block_size(self) -> int | None:
+        """The side of what the image is cut into, where the part itself says so and not the recipe's block size."""
+        return None
+
+    def permuted(self, shape: tuple[int, int, int], block_size: int) -> int:
+        """How many things a key puts into order: of few there are so few orders that keys collide."""
+        return shape[0] * block_size**2
+
     def check(self, network: nn.Module) -> None:
         """Raise InputError if ``network``, which has all that the part needs, was made for other inputs."""
 

@@ -55,11 +55,13 @@ class PrototypeConformityPart(ObjectivePart):
         Raises InputError for depths it lacks, and where nearest prototypes would have to answer for every patch.
         """
         from factory.networks import traits
-        from factory.prototypes.depths import find_depths, plain
+        from factory.prototypes.depths import class_tokens, find_depths, plain
         from factory.prototypes.objective import ConformityObjective, Weights
 
         if classes < 2:
             raise InputError("Prototypes are pushed away from other classes, and the data set has only one class.")
+        if self.tokens == "class" and not class_tokens(network):
+            raise InputError("This network has no class token; set the prototypes' tokens to average.")
         if self.changes_network and Trait.PATCH_LOGITS in traits(plain(network)):
             raise InputError(
                 f"A {type(plain(network)).__name__} answers for every patch, which the nearest prototype cannot; set "

@@ -32,6 +32,15 @@ class VolumizePart(TransformPart):
         """Its patches instead of blocks, and their order."""
         return f"{self.title}, patches of {self.patch_size}, order {self.order}"
 
+    @property
+    def own_block_size(self) -> int:
+        """Patches are what it cuts."""
+        return self.patch_size
+
+    def permuted(self, shape: tuple[int, int, int], block_size: int) -> int:
+        """Patches."""
+        return (shape[1] // block_size) * (shape[2] // block_size)
+
     def check(self, network: nn.Module) -> None:
         """Refuse a network that was made for patches of another size."""
         made_for: tuple[int, int] | None = getattr(network, "volume", None)
