@@ -195,6 +195,7 @@ def repeated(runtime: Runtime, image: np.ndarray, repeats: int) -> Callable[[], 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, and record."""
     made = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    made.add_argument("--base", default="shipped", help="or the path of another checkpoint of the same ten classes")
     made.add_argument("--batch-size", type=int, default=64)
     made.add_argument("--steps", type=int, default=4, help="batches in a round's training")
     made.add_argument("--repeats", type=int, default=10, help="images in a round")
@@ -205,7 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
     made.add_argument("--json", type=Path, help="write everything measured to this file")
     asked = made.parse_args(arguments)
     torch.set_num_threads(asked.threads)
-    base, _, whole = base_and_sample("shipped")
+    base, _, whole = base_and_sample(asked.base)
     count = asked.steps * asked.batch_size
     splits = Splits(
         whole.name, _first(whole.train, count), _first(whole.validation, 16), _first(whole.test, 16), whole.labels

@@ -17,6 +17,7 @@ from benchmarks import (
     keyed_latency,
     latency,
     marginal_device,
+    part_cost,
     training_cost,
     undoing_keys,
 )
@@ -137,3 +138,19 @@ def test_every_way_to_key_a_device_is_timed_in_turns(
     for name, found in results.items():
         # The graph around the weights counts in a model as small as this.
         assert found["bytes over one"] == pytest.approx(2 if "2 keys" in name else 1, rel=0.1)
+
+
+def test_every_part_is_timed_beside_the_plain_recipe_of_its_network(
+    tiny_base_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "record.json"
+    small = ["--base", str(tiny_base_path), "--batch-size", "4", "--steps", "1", "--rounds", "1", "--repeats", "2"]
+    assert part_cost.main([*small, "--only", "2 keys, average", "order key", "--json", str(path)]) == 0
+    assert RATIO.search(capsys.readouterr().out)
+    results = json.loads(path.read_text())["results"]
+    assert list(results) == [
+        part_cost.PLAIN, "2 keys, average", part_cost.UNDEFENDED, "vgg3d, order key", part_cost.PURIFIER,
+    ]  # fmt: skip
+    for plain in (part_cost.PLAIN, part_cost.UNDEFENDED):
+        assert all(results[plain][kind]["median"] == 1 for kind in ("train", "torch", "onnx", "coreml"))
+    assert results["2 keys, average"]["onnx_bytes"] > 1.8 * results[part_cost.PLAIN]["onnx_bytes"]
