@@ -18,9 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from device_tests.accuracy import logits_of, predict, top_class
-from device_tests.evidence import Measured, Proportion
+from device_tests.evidence import Proportion
 from device_tests.statistics import Pairs
-from exporters.measured import NotMeasured
 from exporters.runtime import Runtime
 
 
@@ -73,13 +72,6 @@ def judge_regions(
 def accuracy_of(right: np.ndarray) -> Proportion:
     """Accuracy over all images, clean mistakes counted as wrong; ``right`` bool N, N ≥ 1."""
     return Proportion(int(right.sum()), len(right))
-
-
-def defence_success(clean: np.ndarray, attacked: np.ndarray) -> Measured:
-    """β: of the images that are right when ``clean``, the share that is right when ``attacked``; both bool N."""
-    if not clean.any():
-        return NotMeasured("the target gets none of the clean images right")
-    return Proportion(int((clean & attacked).sum()), int(clean.sum()))
 
 
 def robustness(clean: np.ndarray, attacked: np.ndarray) -> Pairs:

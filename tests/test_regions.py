@@ -16,8 +16,7 @@ from device_tests.attacks.regions import Box, Region
 from device_tests.evidence import Proportion
 from device_tests.images import from_8bit
 from device_tests.perturbation import Norm, Perturbation
-from device_tests.region_judgement import RegionJudgement, accuracy_of, defence_success, judge_regions, robustness
-from exporters.measured import NotMeasured
+from device_tests.region_judgement import RegionJudgement, accuracy_of, judge_regions, robustness
 from exporters.run_torch import TorchRuntime
 from keys.errors import InputError
 
@@ -214,8 +213,6 @@ def test_the_average_outvotes_one_broken_answer_and_the_worst_does_not() -> None
     assert judged.places["b"].tolist() == [True, False, False]
     averaged, worst = judged.answers["averaged"], judged.answers["worst of five"]
     assert accuracy_of(averaged) == Proportion(1, 3)
-    assert defence_success(judged.clean, averaged) == Proportion(1, 2)
-    assert defence_success(judged.clean, worst) == Proportion(0, 2)
     assert robustness(judged.clean, averaged).difference == pytest.approx(-1 / 3)
     assert robustness(judged.clean, worst).difference == pytest.approx(-2 / 3)
 
@@ -245,13 +242,12 @@ def test_the_worst_of_five_is_never_better_than_the_average_of_a_trained_network
     assert all(judged.worst.sum() <= row.sum() for row in judged.places.values())
 
 
-def test_nothing_right_is_not_measured_and_unequal_sets_are_refused() -> None:
-    none = np.zeros(3, dtype=bool)
-    assert isinstance(defence_success(none, none), NotMeasured)
+def test_unequal_sets_are_refused() -> None:
     with pytest.raises(ValueError, match="other shapes"):
         judge_regions(TorchRuntime(Sums()), answers((1, 2, 3)), {}, np.array([0]))
     with pytest.raises(ValueError, match="other shapes"):
         judge_regions(TorchRuntime(Sums()), answers((1, 2, 3)), {"a": answers((1, 2, 3), (1, 2, 3))}, np.array([0]))
+    none = np.zeros(3, dtype=bool)
     with pytest.raises(ValueError, match="no judgement"):
         RegionJudgement(none, {"a": none[:2]}, none)
 
