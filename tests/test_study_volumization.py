@@ -35,6 +35,9 @@ patches: [0.05, 0.25]
 patch_steps: 8
 patch_images: 64
 pgd_steps: 4
+autoattack_steps: 3
+autoattack_targets: 1
+autoattack_queries: 10
 order_queries: 15
 training: {{epochs: 1, batch_size: 25, learning_rate: 0.005, shift: 0, flip: false, precision: fp32}}
 train_images: 700
@@ -198,6 +201,7 @@ def test_the_whole_image_is_attacked_by_gradient_by_bpda_and_by_its_order(
         assert share(row["PGD"]) < share(row["clean"])
     assert isinstance(whole["undefended"]["BPDA-PGD"], NotMeasured)
     assert share(whole["lgs"]["BPDA-PGD"]) < share(whole["lgs"]["clean"])
+    assert share(whole["undefended"]["AutoAttack"]) < share(whole["undefended"]["clean"])
     assert isinstance(whole["undefended"]["order search"], NotMeasured)
     assert share(whole["by-entropy"]["order search"]) < share(whole["by-entropy"]["clean"])
     assert share(whole["by-entropy"]["order flip"]) < share(whole["by-entropy"]["clean"])

@@ -176,7 +176,15 @@ class LocalizedSpec(Spec):
     patch_images: int = Field(default=500, ge=1, description="training images that the universal patch is made on")
 
 
-class PurifierSpec(Spec):
+class AutoAttackBudget(Section):
+    """How much AutoAttack may do; the defaults are the standard version's."""
+
+    autoattack_steps: int = Field(default=100, ge=1, description="of its gradient attacks")
+    autoattack_targets: int = Field(default=9, ge=1, description="wrong classes that it aims at")
+    autoattack_queries: int = Field(default=5000, ge=1, description="of Square, at its end")
+
+
+class PurifierSpec(Spec, AutoAttackBudget):
     """The deep-image-prior purifier in front of the base, and of the first model of each arm."""
 
     study: Literal["purifier"]
@@ -184,9 +192,6 @@ class PurifierSpec(Spec):
     perturbation: PerturbationText = "linf:8/255"
     purifier: PurifierSettings = PurifierSettings()
     attack_steps: int = Field(default=20, ge=1, description="of PGD")
-    autoattack_steps: int = Field(default=100, ge=1)
-    autoattack_targets: int = Field(default=9, ge=1)
-    autoattack_queries: int = Field(default=5000, ge=1)
     aware_images: int = Field(default=8, ge=1, description="images of the attacks that know the purifier")
     aware_steps: int = Field(default=10, ge=1)
     aware_samples: int = Field(default=2, ge=1, description="seeds of the purifier for each of its steps")
@@ -207,7 +212,7 @@ class ConformityArm(ArmSettings):
     )
 
 
-class ConformitySpec(Spec):
+class ConformitySpec(Spec, AutoAttackBudget):
     """The conformity-loss paper's Tables 2, 3, 6 and 7, with AutoAttack beside every attack."""
 
     study: Literal["conformity"]
@@ -222,9 +227,6 @@ class ConformitySpec(Spec):
     carlini_wagner: PerturbationText = "l2:1.5"
     carlini_wagner_constant: float = Field(default=10.0, gt=0, description="c, the initial trade-off")
     carlini_wagner_steps: int = Field(default=100, ge=1, description="of each of three searches; 0.01 each")
-    autoattack_steps: int = Field(default=100, ge=1)
-    autoattack_targets: int = Field(default=9, ge=1)
-    autoattack_queries: int = Field(default=5000, ge=1)
 
     def arm(self, settings: ArmSettings) -> Arm:
         """The arm with its objective and its adversarial training."""
@@ -256,7 +258,7 @@ class VolumizedArmSettings(Section):
         return self
 
 
-class VolumizationSpec(Section):
+class VolumizationSpec(AutoAttackBudget):
     """The volumization paper's attack protocol (its section 5, Table 2 and Figure 3)."""
 
     study: Literal["volumization"]
@@ -278,7 +280,7 @@ class VolumizationSpec(Section):
     patch_steps: int = Field(default=200, ge=1)
     patch_images: int = Field(default=500, ge=1, description="training images that the universal patch is made on")
     perturbation: PerturbationText = Field(
-        default="linf:8/255", description="of PGD, BPDA-PGD and attacks on the order"
+        default="linf:8/255", description="of PGD, BPDA-PGD, AutoAttack and attacks on the order"
     )
     pgd_steps: int = Field(default=20, ge=1)
     order_queries: int = Field(default=100, ge=1, description="of the order search, per image")

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from device_tests.attacks.autoattack import AutoAttack
 from device_tests.attacks.patch import PatchExamples, UniversalPatch
 from device_tests.attacks.pgd import PGD
 from device_tests.attacks.pixels import SparseSearch
@@ -133,9 +134,9 @@ def volumization(bench: VolumizationBench, train_arm: TrainArm, command: str) ->
             title="The whole image",
             prose=(
                 f"Attacks that the paper does not run, {Perturbation.parse(spec.perturbation)}: PGD with the network's "
-                "own gradient, PGD through an identity in place of the defence (BPDA), gradients from several orders "
-                "of the patches (order flip), and a search by queries for small changes that put patches elsewhere in "
-                "the volume (order search). A fixed order is the control of the last two.",
+                "own gradient, PGD through an identity in place of the defence (BPDA), AutoAttack, gradients from "
+                "several orders of the patches (order flip), and a search by queries for small changes that move "
+                "patches (order search). A fixed order is the control of the last two.",
             ),
             blocks=(_whole_table(spec, found),),
         ),
@@ -320,7 +321,7 @@ def _point(x: float, value: FleetMeasured) -> CurvePoint:
     return CurvePoint(x=x, figure=cell(value))
 
 
-_WHOLE = ("PGD", "BPDA-PGD", "order flip", "order search")
+_WHOLE = ("PGD", "BPDA-PGD", "AutoAttack", "order flip", "order search")
 
 
 def _whole_table(spec: VolumizationSpec, found: Findings) -> Table:
@@ -421,6 +422,11 @@ def _budgets(bench: VolumizationBench) -> list[BudgetLine]:
         BudgetLine(
             part="PGD and BPDA-PGD", images=str(spec.images), steps=PGD(spec.pgd_steps).description, restarts="1",
             queries="none",
+        ),
+        BudgetLine(
+            part="AutoAttack", images=str(spec.images),
+            steps=AutoAttack(spec.autoattack_steps, spec.autoattack_targets, spec.autoattack_queries).description,
+            restarts="1", queries="none",
         ),
         BudgetLine(
             part="order search", images=str(spec.images), steps="random search", restarts="1",

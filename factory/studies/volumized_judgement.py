@@ -18,6 +18,7 @@ from torch import nn
 
 from device_tests.accuracy import predict
 from device_tests.attacks.attack import Attack
+from device_tests.attacks.autoattack import AutoAttack
 from device_tests.attacks.bpda import StandInGradient
 from device_tests.attacks.order_search import Order, OrderSearch, displaced
 from device_tests.attacks.patch import PatchExamples, UniversalPatch
@@ -174,7 +175,10 @@ def _fitted(name: str, trained: TrainedArm, side: int, spec: VolumizationSpec, o
 def _whole(
     name: str, trained: TrainedArm, spec: VolumizationSpec, on: Judged
 ) -> tuple[dict[str, np.ndarray | NotMeasured], float | NotMeasured]:
-    """PGD, BPDA-PGD, order flip and order search on the whole image; and how far the last one moved the patches."""
+    """PGD, BPDA-PGD, AutoAttack, order flip and order search on the whole image; how far the last moved the patches.
+
+    AutoAttack takes the stand-in's gradients where the network's own are wrong.
+    """
     size = Perturbation.parse(spec.perturbation)
     pgd = PGD(spec.pgd_steps)
     right: dict[str, np.ndarray | NotMeasured] = {}
@@ -189,6 +193,9 @@ def _whole(
         right["BPDA-PGD"] = NotMeasured("the model's own gradient is exact wherever it has one: see PGD")
     else:
         right["BPDA-PGD"] = judged(_made(f"{name}-bpda", trained.stand_in, [pgd], size, spec, on), pgd.name)
+    strongest = AutoAttack(spec.autoattack_steps, spec.autoattack_targets, spec.autoattack_queries)
+    attacked = trained.model if trained.stand_in is None else trained.stand_in
+    right["AutoAttack"] = judged(_made(f"{name}-autoattack", attacked, [strongest], size, spec, on), strongest.name)
     flip = trained.order_flip
     if flip is None:
         right["order flip"] = NotMeasured("no attack on the order of this network was given")
