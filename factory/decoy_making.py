@@ -36,14 +36,17 @@ def open_pool(
     It lies in ``shared`` under a digest of what it is made from, so that every device finds the same. Raises
     InputError if the file there is damaged or of something else, CheckFailed if an attack breaks.
     """
-    plain = recipe.model_copy(update={"decoys": None, "purifier": None})
+    earlier = part.earlier()
+    recipe = recipe.model_copy(update={"decoys": earlier, "purifier": None})
     made = part.model_dump(mode="json", exclude={"share"})
-    origin = PoolOrigin(base.digest, splits.digest, {"decoys": made, "recipe": plain.model_dump(mode="json")})
+    origin = PoolOrigin(base.digest, splits.digest, {"decoys": made, "recipe": recipe.model_dump(mode="json")})
     path = shared / f"decoys-{origin.digest[:12]}.safetensors"
     if not path.is_file():
-        sources = _sources(part, base, plain, splits, shared, progress)
         images, labels = [], []
-        for source in sources:
+        if earlier is not None:
+            before = open_pool(earlier, base, recipe, splits, shared, progress)
+            images, labels = [before.images], [before.labels]
+        for source in _sources(part, base, recipe, splits, shared, progress):
             attacked = _attack(part, source, splits, shared / "decoy-attacks", progress)
             images.append(attacked)
             labels.append(splits.train.labels[: len(attacked)])
@@ -60,18 +63,22 @@ def attack_of(part: DecoysPart) -> Attack:
 def _sources(
     part: DecoysPart, base: Base, recipe: RecipeSettings, splits: Splits, shared: Path, progress: Progress
 ) -> list[Source]:
-    """The public base, a model under each decoy key, and, if there are any, all of them at once."""
-    sources = [Source("decoy-base", Threat.PUBLIC_BASE, public_model(base, recipe), "the public base")]
+    """The models of this generation, all of them at once if that is asked for, and in the first one the public base."""
+    first = part.generations == 1
+    public = Source("decoy-base", Threat.PUBLIC_BASE, public_model(base, recipe), "the public base")
+    models: list[Source] = []
     for number in range(1, part.keys + 1):
-        name = f"decoy-{number}"
+        name = f"decoy-{number}" if first else f"decoy-{part.generations}-{number}"
         model = make_device_model(
             base, fixed_guess(name), recipe, splits, name=name, identity=["decoy", number],
             seed=derive_seed(part.seed, name), folder=shared / "decoy-models" / name, shared=shared, progress=progress,
         )  # fmt: skip
-        sources.append(Source(name, Threat.GUESSED_KEY, bake(model.classifier), f"decoy key {number}"))
+        models.append(Source(name, Threat.GUESSED_KEY, bake(model.classifier), f"decoy key {number}"))
+    sources = [public, *models] if first else models
     if part.keys and part.ensemble:
-        every = Ensemble([source.model for source in sources])
-        sources.append(Source("decoy-all", Threat.GUESSED_KEY, every, "base and all decoy keys"))
+        every = Ensemble([public.model, *(source.model for source in models)])
+        name = "decoy-all" if first else f"decoy-{part.generations}-all"
+        sources.append(Source(name, Threat.GUESSED_KEY, every, "base and all decoy keys"))
     return sources
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,3 +124,20 @@ def test_damaged_decoys_are_refused(tmp_path: Path) -> None:
     save_file(tensors, path, {"origin": "else"})
     with pytest.raises(InputError, match="another base"):
         load_pool(path, ORIGIN, 0.5)
+
+
+def test_a_second_generation_attacks_models_that_were_trained_on_the_first(
+    tiny_base: Base, few: Splits, shared: Path
+) -> None:
+    progress = Progress(quiet=True)
+    first = open_pool(PART, tiny_base, PLAIN, few, shared, Progress(quiet=True))
+    second = PART.model_copy(update={"generations": 2})
+    pool = open_pool(second, tiny_base, PLAIN, few, shared, progress)
+    assert torch.equal(pool.images[:60], first.images)  # made before, and kept
+    assert len(pool.images) == 90
+    assert set(progress.seconds) == {"decoy-2-1", "decoys from decoy-2-1"}
+    record = json.loads((shared / "decoy-models" / "decoy-2-1" / "model.json").read_text())
+    plain = json.loads((shared / "decoy-models" / "decoy-1" / "model.json").read_text())
+    assert record["adapter_digest"] != plain["adapter_digest"]
+    labels = few.train.labels[:30].tolist()
+    assert pool.labels.tolist() == labels * 3

@@ -24,6 +24,9 @@ class DecoysPart(Part):
 
     keys: int = Field(default=2, ge=0, le=16, description="models under decoy keys, beside the public base")
     ensemble: bool = Field(default=False, description="also attack the base and all decoy keys at once")
+    generations: int = Field(
+        default=1, ge=1, le=4, description="2: also attack models that were trained on these decoys, as devices are; …"
+    )
     share: float = Field(default=0.4, gt=0, lt=1, description="of each batch that is decoys")
     images: int = Field(default=2000, ge=1, description="training images that are attacked on each of them")
     attack: str = Field(default="mi-fgsm", description="by name, as in verification.attacks")
@@ -39,6 +42,10 @@ class DecoysPart(Part):
         except InputError as error:
             raise ValueError(str(error)) from error
         return epsilon
+
+    def earlier(self) -> DecoysPart | None:
+        """The decoys that this generation's models are trained on; none for the first."""
+        return self.model_copy(update={"generations": self.generations - 1}) if self.generations > 1 else None
 
     def check(self) -> None:
         """Raise InputError if there is no such attack."""
