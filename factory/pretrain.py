@@ -1,7 +1,8 @@
-"""Train a base from scratch on a plain data set, and write its checkpoint and model card."""
+"""Train a base, from scratch or on from another one, and write its checkpoint and model card."""
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import json
 import math
@@ -29,40 +30,37 @@ from keys.files import write_atomic
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A new base with its history and its accuracy on validation and test images."""
+    """A new base with its history and its accuracy on validation and test images.
+
+    ``start``: digest of the base that it went on from; None: random weights.
+    """
 
     base: Base
+    start: str | None
     history: list[Epoch]
     validation_accuracy: float
     test_accuracy: Proportion
 
 
 def pretrain(
-    architecture: Architecture, splits: Splits, settings: TrainingSettings, *, seed: int, out: Path, progress: Progress,
+    start: Architecture | Base, splits: Splits, settings: TrainingSettings, *, seed: int, out: Path, progress: Progress,
     recipe: RecipeSettings | None = None,
 ) -> Pretrained:  # fmt: skip
-    """Train ``architecture`` from random weights and write it to ``out`` (resumable beside it until then).
+    """Train ``start`` and write it to ``out`` (resumable beside it until then).
 
-    The normalisation statistics are those of the training images. ViTs begin as :func:`initialise` says, other networks
-    as timm has it. ``recipe``: its transform, as without a key, its objective, adversarial training and curriculum;
-    everything else in it is not looked at. Raises InputError if the network lacks what they need, or if the objective
-    would have it answer by more than its own weights.
+    An architecture begins with random weights: ViTs as :func:`initialise` says, other networks as timm has it; its
+    normalisation statistics become those of the training images. A base goes on from its own weights and statistics; it
+    is left as it is. ``recipe``: its transform, as without a key, its objective, adversarial training and
+    curriculum; everything else in it is not looked at. Raises InputError if the network lacks what they need, or if
+    the objective would have it answer by more than its own weights.
     """
     recipe = (recipe or RecipeSettings()).model_copy(update={"adaptation": "full"})
-    pixels = splits.train.images[:10_000].float() / 255
-    architecture = replace(
-        architecture,
-        mean=tuple(round(float(v), 4) for v in pixels.mean((0, 2, 3))),
-        std=tuple(round(float(v), 4) for v in pixels.std((0, 2, 3))),
-        labels=splits.labels,
-    )
-    network = build_network(architecture, seed=seed)
-    if isinstance(network, KeyedVit) and patch_embedding(network) is not None:
-        initialise(network, seed)
-    check_recipe(recipe, traits(network), f"base {architecture.name}")
+    begun = start.digest if isinstance(start, Base) else None
+    base = _copy(start) if isinstance(start, Base) else _at_random(start, splits, seed)
+    network, name = base.network, base.architecture.name
+    check_recipe(recipe, traits(network), f"base {name}")
     if recipe.objective.changes_network:
         raise InputError('A base answers by its own weights; give the objective inference = "softmax".')
-    base = Base(architecture, network)
     model = public_model(base, recipe)
     objective = recipe.objective.build(network, len(splits.labels), settings.label_smoothing)
     checkpoint = out.with_suffix(".training.safetensors")
@@ -75,16 +73,36 @@ def pretrain(
     network.eval()
     test = accuracy(model, splits.test)
     result = Pretrained(
-        base, history, history[-1].validation_accuracy, Proportion(round(test * len(splits.test)), len(splits.test))
+        base, begun, history, history[-1].validation_accuracy, Proportion(round(test * len(splits.test)), len(splits.test))
     )
     notes = {
-        "recipe": _parts(recipe), "data": splits.name, "data_digest": splits.digest, "seed": seed,
+        "start": begun, "recipe": _parts(recipe), "data": splits.name, "data_digest": splits.digest, "seed": seed,
         "training": settings.model_dump(),
         "validation_accuracy": result.validation_accuracy, "test_accuracy": test,
     }  # fmt: skip
     save_checkpoint(base, out, notes)
     checkpoint.unlink()
     return result
+
+
+def _copy(base: Base) -> Base:
+    """The same base with weights of its own, all of which can be trained."""
+    return Base(base.architecture, copy.deepcopy(base.network).requires_grad_(True))
+
+
+def _at_random(architecture: Architecture, splits: Splits, seed: int) -> Base:
+    """The architecture with random weights, and with the classes and statistics of the training images."""
+    pixels = splits.train.images[:10_000].float() / 255
+    architecture = replace(
+        architecture,
+        mean=tuple(round(float(v), 4) for v in pixels.mean((0, 2, 3))),
+        std=tuple(round(float(v), 4) for v in pixels.std((0, 2, 3))),
+        labels=splits.labels,
+    )
+    network = build_network(architecture, seed=seed)
+    if isinstance(network, KeyedVit) and patch_embedding(network) is not None:
+        initialise(network, seed)
+    return Base(architecture, network)
 
 
 def _parts(recipe: RecipeSettings) -> dict[str, Any]:
@@ -123,6 +141,7 @@ def write_model_card(
 - **Model**: timm `{architecture.name}` with `{architecture.arguments}`, {parameters:,} parameters,
   input {architecture.contract.channels}×{architecture.contract.height}×{architecture.contract.width} in [0, 1],
   mean {architecture.mean}, standard deviation {architecture.std} (inside the model).
+- **Start**: {f"the base with digest `{result.start}`" if result.start else "random weights"}.
 - **Classes**: {", ".join(architecture.labels)}.
 - **Data**: `{splits.name}`, {len(splits.train):,} training, {len(splits.validation):,} validation and
   {len(splits.test):,} test images; SHA-256 of all images and labels `{splits.digest}`.

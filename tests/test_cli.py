@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from factory.base import Base, read_checkpoint
 from keys.errors import KeyfoundryError, exit_codes
 
 Run = Callable[..., Any]
@@ -203,3 +205,26 @@ def test_a_base_is_pretrained(keyfoundry: Run, idx_folder: Path, tmp_path: Path)
     assert "--model-arg patch_size=14" in card
     bad = keyfoundry("pretrain", *where, "--model-arg", "depth")
     assert (bad.code, "'depth' is not name=value" in bad.err) == (3, True)
+
+
+def test_a_base_is_hardened_from_another(
+    keyfoundry: Run, idx_folder: Path, tiny_base_path: Path, tiny_base: Base, tmp_path: Path
+) -> None:
+    recipe, out = tmp_path / "recipe.toml", tmp_path / "hardened.safetensors"
+    recipe.write_text('[recipe]\nadversarial = { kind = "pgd", epsilon_low = 0.02, epsilon_high = 0.05, steps = 2 }\n')
+    where = ["--data", "idx", "--data-root", idx_folder, "--validation", 1200, "--start", tiny_base_path, "--out", out]
+    for option, value in (("--architecture", "vit_tiny_patch16_224"), ("--channels", 1)):
+        refused = keyfoundry("pretrain", *where, option, value)
+        assert (refused.code, f"says {option} already" in refused.err) == (3, True)
+    # At a learning rate next to nothing, only a base that went on from the other one is as accurate.
+    accuracy = parsed(
+        keyfoundry("pretrain", *where, "--recipe", recipe, "--epochs", 1, "--learning-rate", 1e-9, "--json")
+    )["test_accuracy"]["value"]
+    begun, hardened = read_checkpoint(tiny_base_path), read_checkpoint(out)
+    assert begun.digest == tiny_base.digest
+    assert hardened.architecture == begun.architecture
+    first, second = begun.network.state_dict(), hardened.network.state_dict()
+    assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    assert accuracy > 0.2
+    assert begun.digest in out.with_suffix(".md").read_text()

@@ -1,4 +1,4 @@
-"""``keyfoundry pretrain``: train a base from scratch."""
+"""``keyfoundry pretrain``: train a base, from scratch or on from another one."""
 
 from __future__ import annotations
 
@@ -13,12 +13,20 @@ import typer
 from keys.errors import InputError
 
 
+OF_THE_START = ("architecture", "model_arg", "image_size", "channels")
+
+
 def pretrain_command(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Checkpoint to write (.safetensors); its model card lies beside it.")],
     data: Annotated[
         str, typer.Option(help="sample, idx, or any timm.data.create_dataset name ('' for a folder).")
     ] = "sample",
     data_root: Annotated[Path | None, typer.Option(help="Folder of the data set.")] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(help="Go on from this base: shipped, or a checkpoint; it says architecture, size and channels."),
+    ] = None,
     architecture: Annotated[str, typer.Option(help="A timm name, or one of docs/bases.md.")] = "vit_tiny_patch16_224",
     model_arg: Annotated[
         list[str] | None, typer.Option(help="Argument of the timm model, as name=value; repeatable.")
@@ -41,7 +49,7 @@ def pretrain_command(
     seed: Annotated[int, typer.Option()] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Train a base from scratch; a killed run goes on from its last whole epoch.
+    """Train a base from scratch, or on from another; a killed run goes on from its last whole epoch.
 
     \b
     Examples:
@@ -50,18 +58,21 @@ def pretrain_command(
       keyfoundry pretrain --data '' --data-root ../shared/data/cifar10 --image-size 64 --channels 3 \\
         --model-arg depth=6 --model-arg patch_size=16 --out cifar10.safetensors
       keyfoundry pretrain --architecture resnet18_small --epochs 5 --out resnet18.safetensors
+      keyfoundry pretrain --start shipped --recipe adversarial.toml --epochs 3 --out hardened.safetensors
       keyfoundry pretrain --architecture vgg3d --model-arg patch_size=14 --recipe volumes.toml --out vgg3d.safetensors
     """
-    from factory.base import contract_for, timm_architecture
+    from factory.base import contract_for, load_base, read_base, timm_architecture
     from factory.data import load_splits
     from factory.pretrain import pretrain, write_model_card
     from factory.progress import Progress, log_to
     from factory.recipes.recipe import RecipeSettings
     from factory.recipes.training import TrainingSettings
-    from factory.settings import DataSettings, parse, read_fleet_file
+    from factory.settings import BaseSettings, DataSettings, parse, read_fleet_file
 
     if out.suffix != ".safetensors":
         raise InputError(f"--out {out} must end in .safetensors.")
+    if start is not None:
+        _refuse_shape_of_its_own(context)
     arguments: dict[str, object] = {"in_chans": channels}
     for pair in model_arg or []:
         key, separator, value = pair.partition("=")
@@ -87,9 +98,14 @@ def pretrain_command(
     chosen = None
     if recipe is not None:
         chosen = parse(RecipeSettings, read_fleet_file(recipe).get("recipe", {}), str(recipe))
-    splits = load_splits(settings, contract_for(channels, image_size), out.parent / "cache", progress)
-    blueprint = timm_architecture(architecture, splits.labels, image_size, arguments)
-    result = pretrain(blueprint, splits, training, seed=seed, out=out, progress=progress, recipe=chosen)
+    known = BaseSettings(name=start) if start else None
+    contract = read_base(known).architecture.contract if known else contract_for(channels, image_size)
+    splits = load_splits(settings, contract, out.parent / "cache", progress)
+    begin = (
+        load_base(known, splits.labels, seed) if known
+        else timm_architecture(architecture, splits.labels, image_size, arguments)
+    )  # fmt: skip
+    result = pretrain(begin, splits, training, seed=seed, out=out, progress=progress, recipe=chosen)
     command = shlex.join(["keyfoundry", *sys.argv[1:]])
     write_model_card(result, splits, training, seed=seed, out=out, command=command, recipe=chosen)
     low, high = result.test_accuracy.interval
@@ -101,3 +117,11 @@ def pretrain_command(
             f"{out}: test accuracy {result.test_accuracy.value:.4f} [{low:.4f}, {high:.4f}] on "
             f"{result.test_accuracy.n} images, validation {result.validation_accuracy:.4f}"
         )
+
+
+def _refuse_shape_of_its_own(context: typer.Context) -> None:
+    """Raise InputError if an option was given that the base of ``--start`` says already."""
+    for name in OF_THE_START:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise InputError(f"The base of --start says --{name.replace('_', '-')} already; leave one of them out.")
