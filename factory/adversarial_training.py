@@ -53,11 +53,17 @@ class TrainingAttack:
 
 
 class AdversarialTraining(Objective):
-    """``objective`` on clean and attacked images at once, after ``warm_up`` epochs on clean images alone."""
+    """``objective`` on clean and attacked images at once, after ``warm_up`` epochs on clean images alone.
 
-    def __init__(self, objective: Objective, attack: TrainingAttack, warm_up: int = 0) -> None:
+    ``share``: of the batch, from its beginning, that is attacked in place of the clean images, so that it keeps its size
+    (decoys stand at its end); None: attacked copies of all images beside them.
+    """
+
+    def __init__(
+        self, objective: Objective, attack: TrainingAttack, warm_up: int = 0, share: float | None = None
+    ) -> None:
         super().__init__()
-        self.objective, self.attack, self.warm_up = objective, attack, warm_up
+        self.objective, self.attack, self.warm_up, self.share = objective, attack, warm_up, share
         self.attacking = warm_up == 0
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
@@ -66,9 +72,13 @@ class AdversarialTraining(Objective):
         self.objective.begin_epoch(epoch, epochs)
 
     def forward(self, model: ImageClassifier, images: Tensor, labels: Tensor) -> Tensor:
-        """The objective's loss of 2·N images; see :class:`Objective`."""
+        """The objective's loss of 2·N images, or of N with a share; see :class:`Objective`."""
         if not self.attacking:
             return self.objective(model, images, labels)
+        if self.share is not None:
+            count = round(self.share * len(images))
+            attacked = self.attack.generate(self.objective, model, images[:count], labels[:count])
+            return self.objective(model, torch.cat([attacked, images[count:]]), labels)
         attacked = self.attack.generate(self.objective, model, images, labels)
         return self.objective(model, torch.cat([images, attacked]), torch.cat([labels, labels]))
 

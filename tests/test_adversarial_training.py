@@ -76,6 +76,23 @@ class Watching(Objective):
         return self.weight * nn.functional.cross_entropy(model(images), labels)
 
 
+def test_a_share_of_the_batch_is_attacked_in_place(batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    model, seen = cnn(), []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
+    watching = Watching()
+    part = AdversarialTrainingPart(kind="pgd", steps=1, epsilon_low=0.1, epsilon_high=0.2, share=0.25)
+    loss = part.build(watching)(model.train(), images, labels)
+    assert loss.requires_grad
+    # One step on a quarter at rest, then a batch as large as it was.
+    assert watching.asked == [(16, False, True), (64, True, False)]
+    trained = seen[-1]
+    assert torch.equal(trained[16:], images[16:])
+    change = (trained[:16] - images[:16]).abs().flatten(1).amax(1)
+    assert (change > 0).all()
+    assert change.max() <= 0.2 + 1e-6
+
+
 def test_it_attacks_at_rest_and_learns_both_halves_in_training_mode(batch: tuple[Tensor, Tensor]) -> None:
     images, labels = batch
     model, objective = cnn().train(), Watching()
