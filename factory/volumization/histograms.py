@@ -32,8 +32,8 @@ def levels(patches: Tensor) -> Tensor:
 
     Whole numbers from 0 to 255 in the patches' own type.
     """
-    values = patches.detach().flatten(2)
-    return (values * (LEVELS - 1) + 0.5).floor().clamp(0, LEVELS - 1)
+    values = patches.detach().flatten(2) * (LEVELS - 1)
+    return values.add_(0.5).floor_().clamp_(0, LEVELS - 1)  # in place: new memory costs more than the arithmetic
 
 
 def cells(of: Tensor, bins: int) -> Tensor:
@@ -45,7 +45,7 @@ def cells(of: Tensor, bins: int) -> Tensor:
 
 def counts(of: Tensor, bins: int) -> Tensor:
     """How many of the P values of each patch lie in each cell: int32 (B, N, bins) of cells (B, N, P)."""
-    if _recorded():
+    if recorded():
         return _one_hot(of, bins).to(torch.int32).sum(2, dtype=torch.int32)
     return _addressed(of, bins)
 
@@ -56,7 +56,7 @@ def joint_counts(of: Tensor, reference: Tensor, bins: int) -> Tensor:
     ``of`` is (B, N, P) and ``reference`` (B, 1, P), both cells; the place of (i, j) is i·bins + j. In a recorded graph
     the counts are a product of matrices in floats, exact in float16 for patches of up to 2,048 values.
     """
-    if not _recorded():
+    if not recorded():
         return _addressed(of * bins + reference, bins * bins)
     first, second = (_one_hot(part, bins).to(torch.float32) for part in (of, reference))
     return torch.matmul(first.transpose(2, 3), second).flatten(2).to(torch.int32)
@@ -73,6 +73,7 @@ def _one_hot(of: Tensor, bins: int) -> Tensor:
     return of.unsqueeze(-1) == torch.arange(bins, dtype=torch.int32, device=of.device)
 
 
-def _recorded() -> bool:
+def recorded() -> bool:
+    """Whether a graph is being recorded for an exporter."""
     tracing: bool = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
     return torch.compiler.is_compiling() or tracing

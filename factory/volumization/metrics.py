@@ -31,13 +31,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from factory.volumization.histograms import BINS, LEVELS, cells, check_bins, counts, joint_counts, levels
+from factory.volumization.histograms import BINS, LEVELS, cells, check_bins, counts, joint_counts, levels, recorded
 from keys.errors import InputError
 
 LARGEST_PATCH = 2**15
 """Values of a patch: above it a sum of squares of levels would not fit into int32."""
 
 _ROOM = 2**29
+_AT_ONCE = 2**18
+"""Values, or counts, that are held at a time: more of them do not fit into caches, and the memory is made anew."""
+_EXACT = 2**24
+"""Float32 holds every whole number below it, so that sums are exact in any order."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,12 @@ class Compared:
 
 def score_of_entropy(of: Tensor, bins: int) -> Tensor:
     """−2^k·Σ c ln c, int32 (B, N), of levels (B, N, P): ascending as the entropy."""
-    return -_sum(counts(cells(of, bins), bins), of.shape[2], bins)
+    size = of.shape[2]
+
+    def score(part: Tensor) -> Tensor:
+        return -_sum(counts(cells(part, bins), bins), size, bins)
+
+    return _in_parts(score, of, held=of.shape[1] * max(size, bins))
 
 
 def _entropy(given: Compared) -> Tensor:
@@ -64,8 +73,13 @@ def _entropy(given: Compared) -> Tensor:
 
 
 def _joint_entropy(given: Compared) -> Tensor:
-    both = joint_counts(cells(given.patches, given.bins), cells(given.reference, given.bins), given.bins)
-    return -_sum(both, given.size, given.bins)
+    bins = given.bins
+
+    def score(patches: Tensor, reference: Tensor) -> Tensor:
+        return -_sum(joint_counts(cells(patches, bins), cells(reference, bins), bins), given.size, bins)
+
+    held = given.patches.shape[1] * max(given.size, bins**2)
+    return _in_parts(score, given.patches, given.reference, held=held)
 
 
 def _mutual_information(given: Compared) -> Tensor:
@@ -81,8 +95,11 @@ def _kl(given: Compared) -> Tensor:
 
 
 def _squares(given: Compared) -> Tensor:
-    difference = (given.patches - given.reference).to(torch.int32)
-    return (difference * difference).sum(2, dtype=torch.int32)
+    difference = given.patches - given.reference
+    if given.size * (LEVELS - 1) ** 2 < _EXACT and difference.dtype == torch.float32 and not recorded():
+        return difference.square_().sum(2).to(torch.int32)  # equal to the sum below, and many times as fast
+    whole = difference.to(torch.int32)
+    return (whole * whole).sum(2, dtype=torch.int32)
 
 
 def _largest(given: Compared) -> Tensor:
@@ -155,6 +172,18 @@ def check_size(size: int) -> None:
     """Raise :class:`InputError` if a patch of ``size`` values is too large for exact scores."""
     if size > LARGEST_PATCH:
         raise InputError(f"A patch of {size} values is too large to be ordered (at most {LARGEST_PATCH}); cut smaller.")
+
+
+def _in_parts(score: Callable[..., Tensor], *batches: Tensor, held: int) -> Tensor:
+    """``score`` of batches of equal length, for as many images at a time as caches hold ``held`` values each.
+
+    A graph that is recorded stays whole.
+    """
+    images = max(1, _AT_ONCE // held)
+    if recorded() or len(batches[0]) <= images:
+        return score(*batches)
+    parts = zip(*(batch.split(images) for batch in batches), strict=True)
+    return torch.cat([score(*part) for part in parts])
 
 
 def _sum(found: Tensor, size: int, bins: int) -> Tensor:
