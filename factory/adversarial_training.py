@@ -55,8 +55,8 @@ class TrainingAttack:
 class AdversarialTraining(Objective):
     """``objective`` on clean and attacked images at once, after ``warm_up`` epochs on clean images alone.
 
-    ``share``: of the batch, from its beginning, that is attacked in place of the clean images, so that it keeps its size
-    (decoys stand at its end); None: attacked copies of all images beside them.
+    ``share``: of the batch, from its beginning, that is attacked in place of the clean images, so that it keeps its
+    size (decoys stand at its end); None: attacked copies of all images beside them.
     """
 
     def __init__(

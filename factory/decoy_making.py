@@ -51,7 +51,8 @@ def open_pool(
             images.append(attacked)
             labels.append(splits.train.labels[: len(attacked)])
         save_pool(path, origin, images, labels)
-    return load_pool(path, origin, part.share)
+    shape, classes = base.architecture.contract.shape, len(splits.labels)
+    return load_pool(path, origin, part.share, shape=shape, classes=classes)
 
 
 def attack_of(part: DecoysPart) -> Attack:

@@ -32,7 +32,10 @@ class DecoyPool:
     share: float
 
     def mix(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The batch (uint8 N×C×H×W, labels N) with ``share`` of it replaced by decoys drawn from ``generator``."""
+        """The batch (uint8 N×C×H×W, labels N) with ``share`` of it, at its end, replaced by decoys.
+
+        The batch is in a random order already; decoys are drawn from ``generator``.
+        """
         count = round(self.share * len(images))
         drawn = torch.randint(0, len(self.images), (count,), generator=generator)
         kept = len(images) - count
@@ -64,20 +67,28 @@ def save_pool(path: Path, origin: PoolOrigin, images: Iterable[Tensor], labels: 
     write_atomic(path, save(tensors, {"origin": origin.text}))
 
 
-def load_pool(path: Path, origin: PoolOrigin, share: float) -> DecoyPool:
-    """Read a pool; raises InputError if it is missing, damaged, or was made from anything else than ``origin``."""
+def load_pool(path: Path, origin: PoolOrigin, share: float, *, shape: tuple[int, ...], classes: int) -> DecoyPool:
+    """Read a pool of images of ``shape`` (C, H, W) with labels below ``classes``.
+
+    Raises InputError if it is missing, damaged, or was made from anything else than ``origin``.
+    """
     try:
         with safe_open(str(path), "pt") as file:
             text = (file.metadata() or {})["origin"]
             images, labels = file.get_tensor("images"), file.get_tensor("labels")
-    except (OSError, SafetensorError, KeyError) as error:
+            made_of = json.loads(text)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise InputError(f"The decoys {path} are missing or damaged; delete the file to make them anew.") from error
-    made_of = json.loads(text) if text.startswith("[") else []
     for place, what in enumerate(("base", "data set")):
-        if len(made_of) != 3 or made_of[place] != json.loads(origin.text)[place]:
+        if not isinstance(made_of, list) or len(made_of) != 3 or made_of[place] != json.loads(origin.text)[place]:
             raise InputError(f"The decoys {path} were made from another {what}; delete the file to make them anew.")
     if text != origin.text:
         raise InputError(f"The decoys {path} were made by another recipe; delete the file to make them anew.")
-    if images.dtype != torch.uint8 or images.ndim != 4 or labels.shape != images.shape[:1] or not len(images):
-        raise InputError(f"The decoys {path} hold no 8-bit images with labels; delete the file to make them anew.")
-    return DecoyPool(images, labels.long(), share)
+    if images.dtype != torch.uint8 or images.shape[1:] != shape or not len(images):
+        raise InputError(
+            f"The decoys {path} hold no 8-bit images of the model's size; delete the file to make them anew."
+        )
+    named = labels.dtype == torch.int64 and labels.shape == images.shape[:1]
+    if not (named and int(labels.min()) >= 0 and int(labels.max()) < classes):
+        raise InputError(f"The decoys {path} hold labels of no class; delete the file to make them anew.")
+    return DecoyPool(images, labels, share)

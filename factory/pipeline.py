@@ -107,7 +107,10 @@ def open_fleet(
     splits = load_splits(settings.data, known.architecture.contract, folder.cache, progress)
     base = load_base(settings.base, splits.labels, settings.seed)
     side, shape = block_size(base, settings.recipe), base.architecture.contract.shape
-    if (count := settings.recipe.transform.permuted(shape, side)) < FEW_VALUES:
+    count = settings.recipe.transform.permuted(shape, side)
+    if count == 0:
+        progress.say("Warning: keys decide nothing in this recipe's transform; devices differ by their training alone.")
+    elif count < FEW_VALUES:
         progress.say(f"Warning: keys collide, because {count} values (or patches) have so few orders.")
     check_enough_images(release_rule(settings.release), settings.verification.images, len(splits.test))
     folder.settle(settings)

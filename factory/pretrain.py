@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -19,7 +20,7 @@ from factory.data import Splits
 from factory.device_model import public_model
 from factory.networks import embedding_convolution, patch_embedding, traits
 from factory.progress import Progress
-from factory.recipes.recipe import PARTS, RecipeSettings, check_recipe
+from factory.recipes.recipe import RecipeSettings, check_recipe
 from factory.recipes.training import TrainingSettings
 from factory.seeds import derive_seed
 from factory.train import Epoch, accuracy, train
@@ -27,16 +28,21 @@ from factory.vits import KeyedVit
 from keys.errors import InputError
 from keys.files import write_atomic
 
+OF_DEVICES = ("decoys", "keys", "purifier")
+"""Parts of a recipe that a base cannot have."""
+
 
 @dataclass(frozen=True)
 class Pretrained:
     """A new base with its history and its accuracy on validation and test images.
 
-    ``start``: digest of the base that it went on from; None: random weights.
+    ``start``: digest of the base that it went on from; None: random weights. ``parts``: those of the recipe that it was
+    trained by, as in a fleet file.
     """
 
     base: Base
     start: str | None
+    parts: dict[str, Any]
     history: list[Epoch]
     validation_accuracy: float
     test_accuracy: Proportion
@@ -50,11 +56,14 @@ def pretrain(
 
     An architecture begins with random weights: ViTs as :func:`initialise` says, other networks as timm has it; its
     normalisation statistics become those of the training images. A base goes on from its own weights and statistics; it
-    is left as it is. ``recipe``: its transform, as without a key, its objective, adversarial training and
-    curriculum; everything else in it is not looked at. Raises InputError if the network lacks what they need, or if
-    the objective would have it answer by more than its own weights.
+    is left as it is. ``recipe``: its transform, as without a key, its objective, adversarial training and curriculum.
+    Raises InputError if the network lacks what they need, if the objective would have it answer by more than its own
+    weights, or if the recipe has parts that only devices can have.
     """
     recipe = (recipe or RecipeSettings()).model_copy(update={"adaptation": "full"})
+    for part in OF_DEVICES:
+        if getattr(recipe, part) is not None:
+            raise InputError(f"A base has no {part}: they are a device's; leave recipe.{part} out.")
     begun = start.digest if isinstance(start, Base) else None
     base = _copy(start) if isinstance(start, Base) else _at_random(start, splits, seed)
     network, name = base.network, base.architecture.name
@@ -63,7 +72,10 @@ def pretrain(
         raise InputError('A base answers by its own weights; give the objective inference = "softmax".')
     model = public_model(base, recipe)
     objective = recipe.objective.build(network, len(splits.labels), settings.label_smoothing)
-    checkpoint = out.with_suffix(".training.safetensors")
+    parts = _parts(recipe, transformed=model.transform is not None)
+    made_from = [begun or repr(base.architecture), splits.digest, settings.model_dump(mode="json"), parts, seed]
+    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+    checkpoint = out.with_suffix(f".training-{digest[:16]}.safetensors")
     history = train(
         model, splits.train, splits.validation, settings, seed=seed, name="pre-train", checkpoint=checkpoint,
         progress=progress,
@@ -73,10 +85,15 @@ def pretrain(
     network.eval()
     test = accuracy(model, splits.test)
     result = Pretrained(
-        base, begun, history, history[-1].validation_accuracy, Proportion(round(test * len(splits.test)), len(splits.test))
+        base,
+        begun,
+        parts,
+        history,
+        history[-1].validation_accuracy,
+        Proportion(round(test * len(splits.test)), len(splits.test)),
     )
     notes = {
-        "start": begun, "recipe": _parts(recipe), "data": splits.name, "data_digest": splits.digest, "seed": seed,
+        "start": begun, "recipe": parts, "data": splits.name, "data_digest": splits.digest, "seed": seed,
         "training": settings.model_dump(),
         "validation_accuracy": result.validation_accuracy, "test_accuracy": test,
     }  # fmt: skip
@@ -105,9 +122,10 @@ def _at_random(architecture: Architecture, splits: Splits, seed: int) -> Base:
     return Base(architecture, network)
 
 
-def _parts(recipe: RecipeSettings) -> dict[str, Any]:
-    """The parts that are not as by default."""
-    return {name: value for name, value in recipe.model_dump(mode="json").items() if name in PARTS}
+def _parts(recipe: RecipeSettings, *, transformed: bool) -> dict[str, Any]:
+    """The parts that a base is trained by, where not as by default; keyed transforms do nothing without a key."""
+    names = {"objective", "adversarial", "curriculum"} | ({"transform"} if transformed else set())
+    return {name: value for name, value in recipe.model_dump(mode="json").items() if name in names}
 
 
 def initialise(vit: KeyedVit, seed: int) -> None:
@@ -127,9 +145,8 @@ def initialise(vit: KeyedVit, seed: int) -> None:
 
 
 def write_model_card(
-    result: Pretrained, splits: Splits, settings: TrainingSettings, *, seed: int, out: Path, command: str,
-    recipe: RecipeSettings | None = None,
-) -> Path:  # fmt: skip
+    result: Pretrained, splits: Splits, settings: TrainingSettings, *, seed: int, out: Path, command: str
+) -> Path:
     """Write ``<out>.md``: what the base is, how it was made, and its measured accuracy."""
     architecture, proportion = result.base.architecture, result.test_accuracy
     low, high = proportion.interval
@@ -148,7 +165,7 @@ def write_model_card(
 - **Test accuracy**: {proportion.value:.4f} (95 % interval {low:.4f} to {high:.4f}, n = {proportion.n:,});
   validation accuracy {result.validation_accuracy:.4f}. The last epoch is taken; nothing was chosen on test images.
 - **Command**: `{command}`
-- **Recipe**: {f"`{json.dumps(_parts(recipe))}`" if recipe and _parts(recipe) else "plain images and cross-entropy"}.
+- **Recipe**: {f"`{json.dumps(result.parts)}`" if result.parts else "plain images and cross-entropy"}.
 - **Seed** {seed}, **settings** `{settings.model_dump_json()}`.
 - **Versions**: {versions}; Python {platform.python_version()}, {platform.machine()}.
 - **Time**: {seconds / 60:.1f} minutes of training, {len(result.history)} epochs.

@@ -240,7 +240,8 @@ def parse(section: type[SectionT], values: Mapping[str, Any], where: str) -> Sec
 def fault_in_words(fault: ErrorDetails) -> str:
     """What is wrong, in the words of a fleet file and not of the library that checks it."""
     if fault["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
-        return "there is no such setting; docs/fleet-file.md lists all"
+        of_a_part = "recipe" in fault["loc"][:1] and len(fault["loc"]) > 2 and fault["loc"][1] != "training"
+        return f"there is no such setting; {'docs/recipes.md' if of_a_part else 'docs/fleet-file.md'} lists all"
     if fault["type"] == "tuple_type":
         return "should be a list, in square brackets"
     if fault["type"] == "union_tag_invalid":

@@ -61,11 +61,12 @@ def train(
     """Train the parameters of ``model`` that require gradients, in place; returns one entry per epoch.
 
     ``objective``: what is minimised, cross-entropy by default; its own parameters are trained as well.
-    ``curriculum`` cuts each batch into steps; by default a batch is one step. ``decoys`` replace a share of each step.
+    ``curriculum`` cuts each batch into steps; by default a batch is one step. ``decoys`` replace a share of each batch,
+    at its end, before it is cut.
 
     ``checkpoint`` holds trainable weights, optimiser state and history after each epoch and is resumed from.
     Raises InputError if the loss becomes NaN or infinite; the checkpoint of the last good epoch stays. And if a network
-    with batch norms would be trained on a batch of one image.
+    with batch norms would be trained on a single image, or a batch would hold no decoys, or nothing else.
     """
     objective = CrossEntropy(settings.label_smoothing) if objective is None else objective
     parameters = {key: value for key, value in model.named_parameters() if value.requires_grad}
@@ -79,10 +80,19 @@ def train(
         lr=settings.learning_rate,
     )
     statistics = running_statistics(model)
-    if statistics and 1 in (settings.batch_size, len(train_split) % settings.batch_size):
+    smallest = min(
+        count // (1 if curriculum is None else curriculum.steps(count))
+        for count in {min(settings.batch_size, len(train_split)), len(train_split) % settings.batch_size} - {0}
+    )
+    if statistics and smallest == 1:
         raise InputError(
             f"With batches of {settings.batch_size}, {name} would train on a single image at a time, of which a batch "
             "norm has no statistics; choose another batch size."
+        )
+    if decoys is not None and not 0 < round(decoys.share * settings.batch_size) < settings.batch_size:
+        raise InputError(
+            f"Of batches of {settings.batch_size}, a share of {decoys.share:g} leaves no decoys, or nothing else; "
+            "change the decoys' share or the batch size."
         )
     device = next(iter(parameters.values())).device
     bf16 = uses_bf16(settings.precision, device)
@@ -99,13 +109,12 @@ def train(
             model.train()
             objective.begin_epoch(epoch, settings.epochs)
             loss_sum = 0.0
-            for step, indices in enumerate(_batches(order, train_split, settings.batch_size, curriculum)):
+            for step, (images, labels) in enumerate(
+                _batches(order, train_split, settings.batch_size, curriculum, decoys, generator)
+            ):
                 rate = learning_rate(settings, epoch * steps_per_epoch + step, settings.epochs * steps_per_epoch)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                images, labels = train_split.images[indices], train_split.labels[indices]
-                if decoys is not None:
-                    images, labels = decoys.mix(images, labels, generator)
                 batch, labels = augment(images, settings, generator).to(device), labels.to(device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     loss = objective(model, batch.float() / 255, labels)
@@ -118,8 +127,8 @@ def train(
                 loss.backward()
                 nn.utils.clip_grad_norm_(parameters.values(), 1.0)
                 optimizer.step()
-                loss_sum += loss.item() * len(indices)
-                stage.advance(len(indices), f"epoch {epoch + 1}/{settings.epochs} loss {loss.item():.3f}")
+                loss_sum += loss.item() * len(labels)
+                stage.advance(len(labels), f"epoch {epoch + 1}/{settings.epochs} loss {loss.item():.3f}")
             finished = Epoch(
                 loss=loss_sum / len(train_split),
                 images_per_second=len(train_split) / (time.monotonic() - started),
@@ -142,13 +151,19 @@ def _steps(images: int, batch_size: int, curriculum: Curriculum | None) -> int:
     return whole * curriculum.steps(batch_size) + (curriculum.steps(rest) if rest else 0)
 
 
-def _batches(order: Tensor, split: Split, batch_size: int, curriculum: Curriculum | None) -> Iterator[Tensor]:
-    """Indices of the images of each step."""
+def _batches(
+    order: Tensor, split: Split, batch_size: int, curriculum: Curriculum | None, decoys: DecoyPool | None,
+    generator: torch.Generator,
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+    """Images uint8 and labels of each step."""
     for indices in order.split(batch_size):
+        images, labels = split.images[indices], split.labels[indices]
+        if decoys is not None:
+            images, labels = decoys.mix(images, labels, generator)
         if curriculum is None:
-            yield indices
+            yield images, labels
         else:
-            yield from (indices[part] for part in curriculum.parts(split.images[indices]))
+            yield from ((images[part], labels[part]) for part in curriculum.parts(images))
 
 
 def learning_rate(settings: TrainingSettings, step: int, steps: int) -> float:

@@ -216,6 +216,12 @@ def test_a_base_is_hardened_from_another(
     for option, value in (("--architecture", "vit_tiny_patch16_224"), ("--channels", 1)):
         refused = keyfoundry("pretrain", *where, option, value)
         assert (refused.code, f"says {option} already" in refused.err) == (3, True)
+    for start, target, said in (
+        ("resnet18", out, "must be 'shipped' or a .safetensors"),
+        (tiny_base_path, tiny_base_path, "would be written over"),
+    ):
+        refused = keyfoundry("pretrain", "--start", start, "--out", target)
+        assert (refused.code, said in refused.err) == (3, True)
     # At a learning rate next to nothing, only a base that went on from the other one is as accurate.
     accuracy = parsed(
         keyfoundry("pretrain", *where, "--recipe", recipe, "--epochs", 1, "--learning-rate", 1e-9, "--json")
@@ -228,3 +234,20 @@ def test_a_base_is_hardened_from_another(
     assert any(not torch.equal(first[name], second[name]) for name in first)
     assert accuracy > 0.2
     assert begun.digest in out.with_suffix(".md").read_text()
+
+
+def test_a_base_is_not_trained_by_parts_that_only_devices_have(
+    keyfoundry: Run, idx_folder: Path, tiny_base_path: Path, tmp_path: Path
+) -> None:
+    out, recipe = tmp_path / "base.safetensors", tmp_path / "recipe.toml"
+    where = ["--data", "idx", "--data-root", idx_folder, "--validation", 1200, "--start", tiny_base_path]
+    where += ["--out", out, "--recipe", recipe]
+    for text, said in (
+        ("[recipe]\nkeys = { count = 2 }\n", "A base has no keys"),
+        ("[recipe.decoys]\nkeys = 1\n", "A base has no decoys"),
+        ('[objective]\nkind = "prototype-conformity"\n', "has no table [recipe]"),
+    ):
+        recipe.write_text(text)
+        refused = keyfoundry("pretrain", *where)
+        assert (refused.code, said in refused.err) == (3, True)
+    assert not out.exists()

@@ -11,7 +11,7 @@ from device_tests.report.study_document import StudyDocument, Table
 from factory.progress import Progress
 from factory.studies.catalogue import run_study
 from factory.studies.order import gain, order_verdict
-from factory.studies.spec import ConformitySpec, read_spec
+from factory.studies.spec import ConformityArm, ConformitySpec, read_spec
 from keys.errors import InputError
 
 SPEC = """\
@@ -126,3 +126,25 @@ def test_a_surrogate_for_other_images_is_refused(
     values = spec.model_dump(mode="json") | {"surrogate": {"name": "vit_tiny_patch16_224", "random_weights": True}}
     with pytest.raises(InputError, match="takes images of another shape than the base"):
         run_study(ConformitySpec.model_validate(values), "other", tmp_path, Progress(quiet=True), "keyfoundry study")
+
+
+def test_an_arms_recipe_may_hold_its_objective_and_may_not_say_it_twice() -> None:
+    pgd = {"kind": "pgd", "steps": 2}
+    recipe = {"objective": {"kind": "prototype-conformity"}, "adversarial": pgd}
+    arm = ConformityArm.model_validate({"name": "a", "adaptation": "full", "recipe": recipe})
+    spec = ConformitySpec(study="conformity", arms=(arm,))
+    found = spec.arm(arm).recipe
+    assert found.objective.name == "prototype-conformity"
+    assert found.adversarial is not None
+    assert found.adversarial.steps == 2
+    for beside in ({"objective": {"kind": "cross-entropy"}}, {"adversarial": pgd}):
+        twice = ConformityArm.model_validate({"name": "a", "recipe": recipe, **beside})
+        with pytest.raises(ValueError, match="twice: in its recipe and beside it"):
+            ConformitySpec(study="conformity", arms=(twice,))
+
+
+def test_a_base_of_volumes_is_refused(tmp_path: Path) -> None:
+    base, arms = {"name": "vgg3d", "random_weights": True}, [{"name": "a", "adaptation": "full"}]
+    spec = ConformitySpec.model_validate({"study": "conformity", "base": base, "arms": arms})
+    with pytest.raises(InputError, match="takes volumes, which the study volumization is for"):
+        run_study(spec, "volumes", tmp_path, Progress(quiet=True), "keyfoundry study")

@@ -17,6 +17,10 @@ from device_tests.attacks.pgd import PGD
 from device_tests.crafting import CHUNK, cached_images, content_key, craft
 from device_tests.perturbation import Norm, Perturbation
 from device_tests.threats import Source, Threat
+from factory.prototypes.loss import Bound
+from factory.prototypes.nearest import NearestPrototype
+from factory.volumization.networks import AGGREGATES, build_network
+from factory.volumization.volumize import Volumize
 from keys.errors import InputError
 
 WIDE = Perturbation(Norm.LINF, 64 / 255)
@@ -146,3 +150,18 @@ def test_a_buffer_that_is_not_saved_still_counts_in_the_key() -> None:
         return model
 
     assert content_key(permuted([0, 1]), *pictures(4)) != content_key(permuted([1, 0]), *pictures(4))
+
+
+def test_functions_that_no_tensor_tells_apart_have_keys_of_their_own() -> None:
+    centroids = torch.eye(3)
+    orders = (("entropy", 16), ("entropy", 4), ("mse", 16), ("raster", 16))
+    sizes: dict[str, int] = {"channels": 1, "patches": 4, "side": 14, "classes": 3, "width": 4}
+    groups: list[list[nn.Module]] = [
+        [Volumize(14, order, bins) for order, bins in orders],
+        [NearestPrototype(centroids, Bound(kind, 1.0)) for kind in ("ball", "sphere")],
+        [build_network("vgg3d", **sizes, aggregate=rule) for rule in AGGREGATES],
+    ]
+    for group in groups:
+        for model in group:  # the same weights, so that only the function differs
+            model.load_state_dict(group[0].state_dict())
+        assert len({content_key(model, *pictures(4)) for model in group}) == len(group)

@@ -14,11 +14,12 @@ from factory.base import Base
 from factory.data import Splits
 from factory.decoy_making import open_pool
 from factory.decoys import DecoyPool, PoolOrigin, load_pool, save_pool
-from factory.device_model import make_device_model
+from factory.device_model import make_device_model, public_model
 from factory.progress import Progress
 from factory.recipes.decoys import DecoysPart
 from factory.recipes.recipe import RecipeSettings
 from factory.recipes.training import TrainingSettings
+from factory.train import train
 from keys.derive import fixed_guess
 from keys.errors import InputError
 
@@ -93,6 +94,10 @@ def test_what_decoys_there_are_changes_the_weights(tiny_base: Base, few: Splits,
     assert len(digests) == 3  # the same settings give the same weights
 
 
+def load(path: Path, origin: PoolOrigin = ORIGIN) -> DecoyPool:
+    return load_pool(path, origin, 0.5, shape=(1, 2, 2), classes=4)
+
+
 @pytest.mark.parametrize(
     ("origin", "what"),
     [
@@ -104,26 +109,72 @@ def test_what_decoys_there_are_changes_the_weights(tiny_base: Base, few: Splits,
 def test_decoys_of_something_else_are_refused(tmp_path: Path, origin: PoolOrigin, what: str) -> None:
     path = tmp_path / "pool.safetensors"
     save_pool(path, ORIGIN, [numbered(4, 0)], [torch.arange(4)])
-    assert len(load_pool(path, ORIGIN, 0.5).images) == 4
+    assert len(load(path).images) == 4
     with pytest.raises(InputError, match=what):
-        load_pool(path, origin, 0.5)
+        load(path, origin)
 
 
 def test_damaged_decoys_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "pool.safetensors"
     with pytest.raises(InputError, match="missing or damaged"):
-        load_pool(path, ORIGIN, 0.5)
+        load(path)
     save_pool(path, ORIGIN, [numbered(4, 0)], [torch.arange(4)])
     tensors, whole = load_file(path), path.read_bytes()
     path.write_bytes(whole[:-5])
     with pytest.raises(InputError, match="missing or damaged"):
-        load_pool(path, ORIGIN, 0.5)
+        load(path)
     save_file({**tensors, "images": tensors["images"].float()}, path, {"origin": ORIGIN.text})
     with pytest.raises(InputError, match="no 8-bit images"):
-        load_pool(path, ORIGIN, 0.5)
-    save_file(tensors, path, {"origin": "else"})
-    with pytest.raises(InputError, match="another base"):
-        load_pool(path, ORIGIN, 0.5)
+        load(path)
+    save_file({**tensors, "images": tensors["images"][..., :1].contiguous()}, path, {"origin": ORIGIN.text})
+    with pytest.raises(InputError, match="no 8-bit images of the model's size"):
+        load(path)
+    for labels in ([0, 1, 2, 4], [0, 1, 2, -1]):
+        save_file({**tensors, "labels": torch.tensor(labels)}, path, {"origin": ORIGIN.text})
+        with pytest.raises(InputError, match="labels of no class"):
+            load(path)
+    save_file({**tensors, "labels": torch.full((4,), float("nan"))}, path, {"origin": ORIGIN.text})
+    with pytest.raises(InputError, match="labels of no class"):
+        load(path)
+    for text, what in (("else", "missing or damaged"), ("[broken", "missing or damaged"), ("[]", "another base")):
+        save_file(tensors, path, {"origin": text})
+        with pytest.raises(InputError, match=what):
+            load(path)
+
+
+def test_what_makes_no_decoys_is_refused(tiny_base: Base, few: Splits, shared: Path, tmp_path: Path) -> None:
+    for settings in ({"keys": 0, "generations": 2}, {"keys": 0, "ensemble": True}):
+        with pytest.raises(ValueError, match="without decoy keys"):
+            DecoysPart.model_validate(settings)
+    recipe = PLAIN.model_copy(update={"decoys": PART.model_copy(update={"share": 0.01})})
+    with pytest.raises(InputError, match="leaves no decoys"):
+        make_device_model(
+            tiny_base, fixed_guess("a"), recipe, few, name="a", identity=["a"], seed=1, folder=tmp_path / "a",
+            shared=shared, progress=Progress(quiet=True),
+        )  # fmt: skip
+
+
+def test_a_syllabus_orders_a_batch_that_has_its_decoys(tiny_base: Base, few: Splits, tmp_path: Path) -> None:
+    """Every image is as likely to be replaced, wherever a curriculum puts it."""
+    seen: list[torch.Tensor] = []
+
+    class Watched:
+        def parts(self, images: torch.Tensor) -> list[torch.Tensor]:
+            seen.append(images)
+            return list(torch.arange(len(images)).split(5))
+
+        def steps(self, count: int) -> int:
+            return -(-count // 5)
+
+    pool = DecoyPool(torch.zeros(3, *few.train.images.shape[1:], dtype=torch.uint8), torch.zeros(3).long(), 0.4)
+    model = public_model(tiny_base, PLAIN)
+    model.network.head.requires_grad_(True)
+    train(
+        model, few.train, few.validation, TRAINING, seed=0, name="a", checkpoint=tmp_path / "checkpoint",
+        progress=Progress(quiet=True), curriculum=Watched(), decoys=pool,
+    )  # fmt: skip
+    assert [len(images) for images in seen] == [25] * 4
+    assert all(int((images.flatten(1).amax(1) == 0).sum()) == 10 for images in seen)
 
 
 def test_a_second_generation_attacks_models_that_were_trained_on_the_first(

@@ -139,6 +139,25 @@ def test_a_diverging_optimisation_fails_with_the_names_and_writes_the_record(
     assert not (tmp_path / "shirt.png").exists()
 
 
+def test_no_image_is_written_over(
+    keyfoundry: Callable[..., Any], onnx_path: Path, small_images: np.ndarray, tmp_path: Path
+) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    photo, drawn = folder / "photo.png", folder / "photo.trajectory.png"
+    for path in (photo, drawn):
+        Image.fromarray(small_images[0]).save(path)
+    before = contents(folder)
+    for images, out, said in (
+        ([photo], folder, "photo.png is one of the images to purify"),
+        ([photo, drawn], tmp_path / "out", "would be written for photo and for photo.trajectory"),
+    ):
+        refused = keyfoundry("purify", *images, "--model", onnx_path, "--out", out, *QUICK, "--learning-rate", 1000)
+        assert refused.code == 3
+        assert said in refused.err
+    assert contents(folder) == before
+
+
 def test_a_folder_in_use_is_left_alone(
     keyfoundry: Callable[..., Any], files: list[Path], onnx_path: Path, tmp_path: Path
 ) -> None:

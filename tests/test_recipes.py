@@ -23,6 +23,7 @@ from factory.recipes.recipe import RecipeSettings, check_recipe
 from factory.recipes.table import NETWORKS
 from factory.recipes.volumize import VolumizePart
 from factory.settings import BaseSettings, FleetSettings, parse
+from keys.derive import fixed_guess
 from keys.errors import InputError, PackageError
 from keys.files import folder_being_written
 from keys.signing import SigningKey
@@ -178,3 +179,22 @@ def package_of(recipe: dict[str, object], manifest: Manifest, device_package: Pa
         write_package(folder, replace(manifest, recipe=recipe))
     sign_package(path, SigningKey(bytes(range(32))))
     return path
+
+
+def test_a_transform_says_what_its_key_decides() -> None:
+    """Nothing, where patches are put in order by a metric: the keys of two devices are one function."""
+    shape = (1, 28, 28)
+    assert VolumizePart(patch_size=14, order="key").permuted(shape, 14) == 4
+    first, second = fixed_guess("first"), fixed_guess("second")
+    image = torch.rand(1, *shape, generator=torch.Generator().manual_seed(0))
+    for order in ("mutual-information", "raster"):
+        part = VolumizePart(patch_size=14, order=order)
+        assert part.permuted(shape, 14) == 0
+        assert torch.equal(part.build(first, shape, 14)(image), part.build(second, shape, 14)(image))
+
+
+def test_a_parts_unknown_setting_is_looked_up_among_the_parts() -> None:
+    of_a_part = {"transform": {"kind": "bit-flip", "shufle": True}}
+    for values, page in ((of_a_part, "recipes"), ({"ranks": 3}, "fleet-file")):
+        with pytest.raises(InputError, match=f"there is no such setting; docs/{page}.md lists all"):
+            parse(FleetSettings, {"recipe": values}, "the settings")

@@ -202,6 +202,9 @@ def test_the_whole_image_is_attacked_by_gradient_by_bpda_and_by_its_order(
     assert isinstance(whole["undefended"]["BPDA-PGD"], NotMeasured)
     assert share(whole["lgs"]["BPDA-PGD"]) < share(whole["lgs"]["clean"])
     assert share(whole["undefended"]["AutoAttack"]) < share(whole["undefended"]["clean"])
+    # A defence with a gradient of its own meets AutoAttack by that one too, and has to withstand both.
+    for attacked in ("lgs-1-autoattack", "lgs-1-autoattack-bpda"):
+        assert any(path.name == attacked for path in run[0].rglob("*"))
     assert isinstance(whole["undefended"]["order search"], NotMeasured)
     assert share(whole["by-entropy"]["order search"]) < share(whole["by-entropy"]["clean"])
     assert share(whole["by-entropy"]["order flip"]) < share(whole["by-entropy"]["clean"])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 
 from exporters.run_onnx import OnnxRuntime
 from factory.augment import augment
-from factory.base import timm_architecture
+from factory.base import Base, timm_architecture
 from factory.data import Split, Splits
 from factory.pretrain import pretrain, write_model_card
 from factory.progress import Progress
@@ -212,6 +215,37 @@ def test_the_model_card_says_how_the_base_was_made(tiny_splits: Splits, silent: 
     assert f"{result.test_accuracy.value:.4f}" in card
     # The checkpoint and its card are all that is left; the resumable state is gone.
     assert {path.name for path in tmp_path.iterdir()} == {"base.safetensors", "base.md"}
+
+
+def test_an_unfinished_base_is_gone_on_with_by_its_own_run_only(
+    tiny_base: Base, tiny_splits: Splits, silent: Progress, tmp_path: Path
+) -> None:
+    """Stopped in its second epoch: the same command goes on, another one under the same name begins anew."""
+
+    class Stopping(Progress):
+        @contextlib.contextmanager
+        def stage(self, name: str, **settings: Any) -> Iterator[Any]:
+            with super().stage(name, **settings) as stage:
+                yield self
+                assert stage
+
+        def advance(self, count: int = 1, note: str = "") -> None:
+            if note.startswith("epoch 2"):
+                raise KeyboardInterrupt
+
+    out, first = tmp_path / "base.safetensors", TrainingSettings(epochs=2, batch_size=100, learning_rate=0.01)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(tiny_base, tiny_splits, first, seed=1, out=out, progress=Stopping(quiet=True))
+    assert not out.exists()
+    other = pretrain(
+        tiny_base, tiny_splits, first.model_copy(update={"learning_rate": 1e-9}), seed=1, out=out, progress=silent
+    )
+    begun, gone_on = tiny_base.network.state_dict(), other.base.network.state_dict()
+    assert all(torch.allclose(begun[name], gone_on[name], atol=1e-6) for name in begun)
+    resumed = pretrain(tiny_base, tiny_splits, first, seed=1, out=out, progress=silent)
+    whole = pretrain(tiny_base, tiny_splits, first, seed=1, out=tmp_path / "whole.safetensors", progress=silent)
+    assert resumed.base.digest == whole.base.digest
+    assert not list(tmp_path.glob("*.training-*"))
 
 
 def test_a_fleets_seeds_are_recorded(tiny_fleet: Path) -> None:

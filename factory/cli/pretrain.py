@@ -12,7 +12,6 @@ import typer
 
 from keys.errors import InputError
 
-
 OF_THE_START = ("architecture", "model_arg", "image_size", "channels")
 
 
@@ -72,7 +71,7 @@ def pretrain_command(
     if out.suffix != ".safetensors":
         raise InputError(f"--out {out} must end in .safetensors.")
     if start is not None:
-        _refuse_shape_of_its_own(context)
+        _check_start(context, start, out)
     arguments: dict[str, object] = {"in_chans": channels}
     for pair in model_arg or []:
         key, separator, value = pair.partition("=")
@@ -97,7 +96,12 @@ def pretrain_command(
     )
     chosen = None
     if recipe is not None:
-        chosen = parse(RecipeSettings, read_fleet_file(recipe).get("recipe", {}), str(recipe))
+        values = read_fleet_file(recipe)
+        if "recipe" not in values:
+            raise InputError(f"{recipe} has no table [recipe]; it says how to train.")
+        chosen = parse(RecipeSettings, values["recipe"], str(recipe))
+        if "training" in values["recipe"]:
+            progress.say("Epochs, rates and augmentation are those of the options; recipe.training is for devices.")
     known = BaseSettings(name=start) if start else None
     contract = read_base(known).architecture.contract if known else contract_for(channels, image_size)
     splits = load_splits(settings, contract, out.parent / "cache", progress)
@@ -107,7 +111,7 @@ def pretrain_command(
     )  # fmt: skip
     result = pretrain(begin, splits, training, seed=seed, out=out, progress=progress, recipe=chosen)
     command = shlex.join(["keyfoundry", *sys.argv[1:]])
-    write_model_card(result, splits, training, seed=seed, out=out, command=command, recipe=chosen)
+    write_model_card(result, splits, training, seed=seed, out=out, command=command)
     low, high = result.test_accuracy.interval
     if json_output:
         typer.echo(json.dumps({"checkpoint": str(out), "validation_accuracy": result.validation_accuracy,
@@ -119,9 +123,13 @@ def pretrain_command(
         )
 
 
-def _refuse_shape_of_its_own(context: typer.Context) -> None:
-    """Raise InputError if an option was given that the base of ``--start`` says already."""
+def _check_start(context: typer.Context, start: str, out: Path) -> None:
+    """Raise InputError unless ``start`` is a checkpoint of its own, and no option says what it says already."""
     for name in OF_THE_START:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise InputError(f"The base of --start says --{name.replace('_', '-')} already; leave one of them out.")
+    if start != "shipped" and Path(start).suffix != ".safetensors":
+        raise InputError(f"--start {start} must be 'shipped' or a .safetensors file written by 'keyfoundry pretrain'.")
+    if Path(start).resolve() == out.resolve():
+        raise InputError(f"--start and --out are both {out}: the base would be written over; name another --out.")

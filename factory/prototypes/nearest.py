@@ -30,6 +30,10 @@ class NearestPrototype(nn.Module):
         self.bound = bound
         self.register_buffer("centroids", bound.place(centroids.detach().clone().float()))
 
+    def extra_repr(self) -> str:
+        """The bound, which no tensor holds."""
+        return f"{self.bound}"
+
     def forward(self, features: Tensor) -> Tensor:
         """Logits −‖f − w_j‖, never above 0."""
         apart = self.bound.place(features).unsqueeze(1) - self.centroids

@@ -28,10 +28,12 @@ from factory.purifier.picture import draw_trajectory
 from factory.purifier.purify import Purified, purify
 from factory.purifier.settings import PurifierSettings
 from factory.purifier.victim import Victim
-from keys.errors import BusyError
+from keys.errors import BusyError, InputError
 from keys.files import storage_errors, write_atomic
 
 CHECKPOINTS = "unfinished"
+PURIFIED, TRAJECTORY, RECORD = ".png", ".trajectory.png", ".json"
+"""Endings of what is written for an image."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,10 @@ def purify_into(
     """Purify all images for ``victim`` and write NAME.png, NAME.trajectory.png and NAME.json for each into ``folder``.
 
     An image whose optimisation diverged gets the JSON alone. Raises BusyError while another run has the folder,
-    :class:`InputError` for images that the prior or the model cannot take, StorageError if the disk is full.
+    :class:`InputError` for images that the prior or the model cannot take, or that would be written over, by what is
+    made of themselves or of each other; StorageError if the disk is full.
     """
+    _check_places(folder, images)
     with _held(folder):
         batches = [images[start : start + settings.batch] for start in range(0, len(images), settings.batch)]
         found: list[Record] = []
@@ -78,6 +82,24 @@ def purify_into(
         with contextlib.suppress(OSError):
             (folder / CHECKPOINTS).rmdir()
     return found
+
+
+def _check_places(folder: Path, images: Sequence[NamedImage]) -> None:
+    """Raise InputError if a file to be written is an image that was given, or belongs to two images."""
+    given = {image.path.resolve() for image in images if image.path is not None}
+    owners: dict[Path, str] = {}
+    for image in images:
+        for end in (PURIFIED, TRAJECTORY, RECORD):
+            place = folder / f"{image.name}{end}"
+            if place.resolve() in given:
+                raise InputError(
+                    f"{place} is one of the images to purify, and would be written over; give another --out."
+                )
+            if place in owners:
+                raise InputError(
+                    f"{place} would be written for {owners[place]} and for {image.name}; rename one of them."
+                )
+            owners[place] = image.name
 
 
 @contextlib.contextmanager
@@ -106,9 +128,9 @@ def _key(image: NamedImage, batch: Sequence[NamedImage], victim: Victim, setting
 def _known(folder: Path, image: NamedImage, key: str) -> Record | None:
     """The record of an image that is done; None if there is none, of another key, or its pictures are gone."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-        values = json.loads((folder / f"{image.name}.json").read_text(encoding="utf-8"))
+        values = json.loads((folder / f"{image.name}{RECORD}").read_text(encoding="utf-8"))
         record = Record(image.name, values)
-        pictures = [] if record.failure else [folder / f"{image.name}{end}" for end in (".png", ".trajectory.png")]
+        pictures = [] if record.failure else [folder / f"{image.name}{end}" for end in (PURIFIED, TRAJECTORY)]
         if values["key"] == key and all(path.is_file() for path in pictures):
             return record
     return None
@@ -125,7 +147,7 @@ def _write(
         "given": {"label": given, "name": victim.name(given)},
     }  # fmt: skip
     failure = purified.failures.get(index)
-    pictures = {end: folder / f"{image.name}{end}" for end in (".png", ".trajectory.png")}
+    pictures = {end: folder / f"{image.name}{end}" for end in (PURIFIED, TRAJECTORY)}
     if failure is not None:
         values["failure"] = failure
         for path in pictures.values():
@@ -133,11 +155,11 @@ def _write(
     else:
         values |= _found(purified, index, victim)
         title = f"{image.name}: {victim.name(given)} as given, {values['purified']['name']} purified"
-        write_atomic(pictures[".png"], _png(purified.images[index].numpy()))
+        write_atomic(pictures[PURIFIED], _png(purified.images[index].numpy()))
         drawn = draw_trajectory(torch.from_numpy(image.pixels), purified, index, title, victim.name)
-        write_atomic(pictures[".trajectory.png"], drawn)
+        write_atomic(pictures[TRAJECTORY], drawn)
     # Last, because it says that the others are there.
-    write_atomic(folder / f"{image.name}.json", json.dumps(values, indent=2).encode() + b"\n")
+    write_atomic(folder / f"{image.name}{RECORD}", json.dumps(values, indent=2).encode() + b"\n")
     return Record(image.name, values)
 
 

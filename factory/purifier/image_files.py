@@ -21,10 +21,11 @@ _MODES = {1: "L", 3: "RGB"}
 
 @dataclass(frozen=True, eq=False)
 class NamedImage:
-    """``name``: of the files that are written for it; ``pixels``: float32 C×H×W in [0, 1]."""
+    """``name``: of the files that are written for it; ``pixels``: float32 C×H×W in [0, 1]; ``path``: where it was."""
 
     name: str
     pixels: np.ndarray
+    path: Path | None = None
 
 
 def read_images(paths: Sequence[Path], contract: InputContract | None) -> list[NamedImage]:
@@ -44,7 +45,7 @@ def read_images(paths: Sequence[Path], contract: InputContract | None) -> list[N
             raise InputError(f"The image {path} has {size} bytes; at most {_LARGEST_FILE} are read.")
         suffix = path.suffix.lower()
         if suffix in PICTURES:
-            found.append(NamedImage(path.stem, _read_picture(path, PICTURES[suffix], contract)))
+            found.append(NamedImage(path.stem, _read_picture(path, PICTURES[suffix], contract), path))
         elif suffix == ".npy":
             found += _read_array(path, contract)
         else:
@@ -97,8 +98,8 @@ def _read_array(path: Path, contract: InputContract | None) -> list[NamedImage]:
         raise InputError(f"{path} holds values outside [0, 1]; give 8-bit values, or divide them by 255.")
     _check_size(path, values.shape[1:], contract)
     if len(values) == 1:
-        return [NamedImage(path.stem, values[0])]
-    return [NamedImage(f"{path.stem}-{index}", value) for index, value in enumerate(values)]
+        return [NamedImage(path.stem, values[0], path)]
+    return [NamedImage(f"{path.stem}-{index}", value, path) for index, value in enumerate(values)]
 
 
 def _as_batch(array: np.ndarray, contract: InputContract | None) -> np.ndarray | None:

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 from keys.errors import InputError
 
+FASTEST = 1e30
+"""Largest learning rate that float32 holds with room; far below it every optimisation has diverged."""
+
 
 @dataclass(frozen=True)
 class PurifierSettings:
@@ -62,8 +65,11 @@ class PurifierSettings:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= low):
                 raise InputError(f"The purifier's {name} must be a finite number of at least {low:g}, not {value!r}.")
-        if self.learning_rate == 0:
-            raise InputError("The purifier's learning_rate must be above 0; with 0 nothing is ever reconstructed.")
+        if not 0 < self.learning_rate <= FASTEST:
+            raise InputError(
+                f"The purifier's learning_rate must be above 0 and at most {FASTEST:g}, not {self.learning_rate!r}; "
+                "with 0 nothing is ever reconstructed."
+            )
 
     @property
     def kept_steps(self) -> tuple[int, ...]:

@@ -16,8 +16,8 @@ class AdversarialTrainingPart(AugmentationPart):
     """Clean and attacked images together, the attack made on the joint loss (Mustafa et al., ICCV 2019, Algorithm 1).
 
     The paper draws ε from [0.1, 0.5] for Fashion-MNIST and from [0.01, 0.05] for CIFAR-10, the default. It trains on
-    attacked copies beside all clean images. With a ``share`` a batch stays as large as it is, and one step from a random
-    point (``pgd`` with one step) on s of it costs about 1 + s plain steps.
+    attacked copies beside all clean images. With a ``share`` s a batch stays as large as it is, and one step from a
+    random point (``pgd`` with one step) costs about 1 + s plain steps.
     """
 
     kind: Literal["fgsm", "pgd"] = "pgd"

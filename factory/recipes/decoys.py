@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from device_tests.perturbation import Norm, Perturbation
 from factory.recipes.part import Part
@@ -42,6 +42,12 @@ class DecoysPart(Part):
         except InputError as error:
             raise ValueError(str(error)) from error
         return epsilon
+
+    @model_validator(mode="after")
+    def _of_keys(self) -> DecoysPart:
+        if self.keys == 0 and (self.ensemble or self.generations > 1):
+            raise ValueError("without decoy keys there is no ensemble and no second generation; set keys to 1 or more")
+        return self
 
     def earlier(self) -> DecoysPart | None:
         """The decoys that this generation's models are trained on; none for the first."""

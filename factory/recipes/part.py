@@ -68,7 +68,7 @@ class TransformPart(Part):
         return None
 
     def permuted(self, shape: tuple[int, int, int], block_size: int) -> int:
-        """How many things a key puts into order: of few there are so few orders that keys collide."""
+        """How many things a key puts into order: of few there are so few orders that keys collide; 0: no key."""
         return shape[0] * block_size**2
 
     def check(self, network: nn.Module) -> None:

@@ -38,7 +38,9 @@ class VolumizePart(TransformPart):
         return self.patch_size
 
     def permuted(self, shape: tuple[int, int, int], block_size: int) -> int:
-        """Patches."""
+        """Patches, where it is the key that orders them; else nothing."""
+        if self.order != "key":
+            return 0
         return (shape[1] // block_size) * (shape[2] // block_size)
 
     def check(self, network: nn.Module) -> None:

@@ -250,7 +250,10 @@ def _transfer_section(
         )
         for title, attack in (("PGD", "pgd"), ("AutoAttack", "autoattack"))
     )
-    words = "Where the source is the target, the attack is white-box; AutoAttack's images hardly cross the boundary."
+    words = (
+        "Where the source is the target, its first model is attacked white-box, and others of the arm meet the same "
+        "images; AutoAttack's images hardly cross the boundary."
+    )
     return Section(title="Who fools whom", prose=(words,), blocks=tables)
 
 

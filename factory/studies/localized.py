@@ -36,6 +36,9 @@ from factory.studies.spec import ArmSettings, LocalizedSpec
 from factory.studies.study_report import cell, complement, difference, study_document, written
 from factory.studies.workbench import FleetMeasured, Workbench, correct, fooling, outcomes, worst_over
 
+FEWEST_OF_EVOLUTION = 50
+"""Queries below which differential evolution has hardly a generation."""
+
 Judged = dict[tuple[str, Perturbation], list[TargetJudgement]]
 
 
@@ -79,7 +82,7 @@ def localized(bench: Workbench, spec: LocalizedSpec, command: str) -> StudyDocum
 
 
 def _pixel_attacks(spec: LocalizedSpec) -> tuple[Attack, ...]:
-    return (SparseSearch(queries=spec.queries), PixelEvolution(queries=max(50, spec.queries)))
+    return (SparseSearch(queries=spec.queries), PixelEvolution(queries=max(FEWEST_OF_EVOLUTION, spec.queries)))
 
 
 def _patch_attacks(bench: Workbench, spec: LocalizedSpec) -> tuple[Attack, ...]:
@@ -190,7 +193,9 @@ def _conclusion(spec: LocalizedSpec, judged: Judged) -> list[str]:
 def _budgets(bench: Workbench, spec: LocalizedSpec) -> list[BudgetLine]:
     images = ", ".join(sorted({str(arm.images or spec.images) for arm in spec.arms}))
     return [
-        BudgetLine(part=a.name, images=images, steps=a.description, restarts="1", queries=f"{spec.queries} per image")
+        BudgetLine(
+            part=a.name, images=images, steps=a.description, restarts="1", queries=f"{a.gradients_per_image} per image"
+        )
         for a in _pixel_attacks(spec)
     ] + [
         BudgetLine(part=a.name, images=images, steps=a.description, restarts="1", queries="none")

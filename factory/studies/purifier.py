@@ -52,6 +52,7 @@ from factory.purifier.settings import PurifierSettings
 from factory.studies.spec import PurifierSpec
 from factory.studies.study_report import study_document, written
 from factory.studies.workbench import FleetMeasured, Workbench
+from keys.errors import CheckFailed
 from keys.files import write_atomic
 
 GALLERY = "purified"
@@ -168,7 +169,7 @@ def _attacked(
                 cache=cache, progress=stage.advance,
             )  # fmt: skip
             if made.failures:
-                raise RuntimeError(made.failures[attack.name])
+                raise CheckFailed(f"The study cannot go on: {made.failures[attack.name]}")
             parts.append(made.images[attack.name])
     return np.concatenate(parts)
 

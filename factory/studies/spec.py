@@ -232,7 +232,10 @@ class ConformitySpec(Spec, AutoAttackBudget):
         """The arm with its objective and its adversarial training."""
         made = super().arm(settings)
         assert isinstance(settings, ConformityArm)
-        changed = {"objective": settings.objective, "adversarial": settings.adversarial}
+        named = settings.model_fields_set & {"objective", "adversarial"}
+        if twice := sorted(named & settings.recipe.keys()):
+            raise ValueError(f"the arm {settings.name} names its {twice[0]} twice: in its recipe and beside it")
+        changed = {name: getattr(settings, name) for name in named}
         return Arm(made.name, made.recipe.model_copy(update=changed), made.keyed)
 
 

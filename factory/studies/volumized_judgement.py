@@ -172,12 +172,20 @@ def _fitted(name: str, trained: TrainedArm, side: int, spec: VolumizationSpec, o
     return patch
 
 
+def _both(one: np.ndarray | NotMeasured, other: np.ndarray | NotMeasured) -> np.ndarray | NotMeasured:
+    """Which images withstand two attacks."""
+    if isinstance(one, NotMeasured):
+        return one
+    return other if isinstance(other, NotMeasured) else one & other
+
+
 def _whole(
     name: str, trained: TrainedArm, spec: VolumizationSpec, on: Judged
 ) -> tuple[dict[str, np.ndarray | NotMeasured], float | NotMeasured]:
     """PGD, BPDA-PGD, AutoAttack, order flip and order search on the whole image; how far the last moved the patches.
 
-    AutoAttack takes the stand-in's gradients where the network's own are wrong.
+    Where there is a stand-in, AutoAttack is run by its gradients and by the network's own, and an image counts as right
+    if it withstands both: a defence's own gradient may be the better one.
     """
     size = Perturbation.parse(spec.perturbation)
     pgd = PGD(spec.pgd_steps)
@@ -194,8 +202,12 @@ def _whole(
     else:
         right["BPDA-PGD"] = judged(_made(f"{name}-bpda", trained.stand_in, [pgd], size, spec, on), pgd.name)
     strongest = AutoAttack(spec.autoattack_steps, spec.autoattack_targets, spec.autoattack_queries)
-    attacked = trained.model if trained.stand_in is None else trained.stand_in
-    right["AutoAttack"] = judged(_made(f"{name}-autoattack", attacked, [strongest], size, spec, on), strongest.name)
+    right["AutoAttack"] = judged(
+        _made(f"{name}-autoattack", trained.model, [strongest], size, spec, on), strongest.name
+    )
+    if trained.stand_in is not None:
+        made = _made(f"{name}-autoattack-bpda", trained.stand_in, [strongest], size, spec, on)
+        right["AutoAttack"] = _both(right["AutoAttack"], judged(made, strongest.name))
     flip = trained.order_flip
     if flip is None:
         right["order flip"] = NotMeasured("no attack on the order of this network was given")

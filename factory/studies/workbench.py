@@ -32,11 +32,13 @@ from factory.base import load_base, read_base
 from factory.classifier import ImageClassifier
 from factory.data import load_splits
 from factory.device_model import check_parts
+from factory.networks import traits
 from factory.progress import Progress, log_to
+from factory.recipes.part import Trait
 from factory.studies.spec import ArmSettings, Spec
 from factory.studies.zoo import Member, Zoo
 from factory.verification import Attacked, AttackedSource, attack_source, self_checks, weak_sources
-from keys.errors import BusyError
+from keys.errors import BusyError, InputError
 from keys.files import storage_errors
 
 MARGIN = 0.05
@@ -52,6 +54,10 @@ class Workbench:
         self.folder, self.spec, self.progress = folder, spec, progress
         known = read_base(spec.base)
         architecture = known.architecture
+        if Trait.IMAGES not in traits(known.network):
+            raise InputError(
+                f"Base {architecture.name} takes volumes, which the study volumization is for; no other is."
+            )
         for arm in spec.arms:
             check_parts(known, spec.arm(arm).recipe)
         self.splits = load_splits(spec.data, architecture.contract, folder / "data", progress)

@@ -45,6 +45,10 @@ class PatchNetwork(nn.Module):
         self.volume: tuple[int, int] | None = None
         """Patches and their side, where the network is made for volumes of these."""
 
+    def extra_repr(self) -> str:
+        """The rule, which no tensor holds."""
+        return f"aggregate={self.aggregate}"
+
     def patch_logits(self, volume: Tensor) -> Tensor:
         """Logits (B, N, k) of a normalised volume (B, C, N, h, w); (B, 1, k) of plain images (B, C, H, W)."""
         return self.head(per_patch(self.features(volume)))

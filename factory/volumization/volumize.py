@@ -53,6 +53,10 @@ class Volumize(nn.Module):
         self.permutation: Tensor | None
         self.register_buffer("permutation", kept)
 
+    def extra_repr(self) -> str:
+        """What the function depends on beside tensors: caches tell models apart by it."""
+        return f"{self.patch_size}, order={self.order}, bins={self.bins}"
+
     def forward(self, images: Tensor) -> Tensor:
         """Volumes (B, C, N, h, w) of images (B, C, H, W); raises :class:`InputError` if patches do not tile them."""
         if self.order == RASTER:
