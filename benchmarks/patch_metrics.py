@@ -106,7 +106,7 @@ def batches(count: int, seed: int) -> dict[str, tuple[np.ndarray, int]]:
 
 def both(name: str, images: np.ndarray, side: int) -> dict[str, Callable[[], np.ndarray]]:
     """A metric, or the whole order, of all patches of ``images``: by the loop and for the batch at once."""
-    patches = patches_of(torch.from_numpy(images).float() / 255, side)
+    patches = patches_of(torch.from_numpy(images).float() / 255, side).contiguous()  # as the loop has them
     flat = patches.flatten(2).numpy()
 
     def batch() -> np.ndarray:

@@ -237,11 +237,11 @@ def parse(section: type[SectionT], values: Mapping[str, Any], where: str) -> Sec
         raise InputError(f"In {where}, {name}: {fault_in_words(fault)} (got {fault.get('input')!r}).") from error
 
 
-def fault_in_words(fault: ErrorDetails) -> str:
-    """What is wrong, in the words of a fleet file and not of the library that checks it."""
+def fault_in_words(fault: ErrorDetails, page: str = "docs/fleet-file.md") -> str:
+    """What is wrong, in words of fleet files and not of the library that checks them; ``page`` lists settings."""
     if fault["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
         of_a_part = "recipe" in fault["loc"][:1] and len(fault["loc"]) > 2 and fault["loc"][1] != "training"
-        return f"there is no such setting; {'docs/recipes.md' if of_a_part else 'docs/fleet-file.md'} lists all"
+        return f"there is no such setting; {'docs/recipes.md' if of_a_part else page} lists all"
     if fault["type"] == "tuple_type":
         return "should be a list, in square brackets"
     if fault["type"] == "union_tag_invalid":

@@ -25,6 +25,7 @@ from factory.section import Section
 from factory.settings import BaseSettings, DataSettings, fault_in_words, read_fleet_file
 from keys.errors import InputError
 
+RECIPES = "docs/recipes.md"
 _SHIPPED = Path(__file__).parent.parent / "assets" / "studies"
 
 
@@ -123,7 +124,7 @@ class Spec(Section):
         except ValidationError as error:
             fault = error.errors()[0]
             place = ".".join(str(part) for part in fault["loc"])
-            raise ValueError(f"the recipe of arm {settings.name}, {place}: {fault_in_words(fault)}") from error
+            raise ValueError(f"the recipe of arm {settings.name}, {place}: {fault_in_words(fault, RECIPES)}") from error
         return Arm(settings.name, recipe, keyed=settings.keyed)
 
 
@@ -329,5 +330,7 @@ def read_spec(name: str, path: Path | None = None, options: Mapping[str, Any] | 
         return _READER.validate_python(values)
     except ValidationError as error:
         fault = error.errors()[0]
-        place = ".".join(str(part) for part in fault["loc"]) or "the spec"
-        raise InputError(f"In {path}, {place}: {fault['msg']} (got {str(fault.get('input'))[:80]!r}).") from error
+        # The first part is the study's own name, which a file has no table for.
+        place = ".".join(str(part) for part in fault["loc"][1:]) or "the spec"
+        words = fault_in_words(fault, "docs/studies.md")
+        raise InputError(f"In {path}, {place}: {words} (got {str(fault.get('input'))[:80]!r}).") from error
