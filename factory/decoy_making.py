@@ -66,10 +66,11 @@ def _sources(
 ) -> list[Source]:
     """The models of this generation, all of them at once if that is asked for, and in the first one the public base."""
     first = part.generations == 1
+    prefix = "decoy" if first else f"decoy-{part.generations}"
     public = Source("decoy-base", Threat.PUBLIC_BASE, public_model(base, recipe), "the public base")
     models: list[Source] = []
     for number in range(1, part.keys + 1):
-        name = f"decoy-{number}" if first else f"decoy-{part.generations}-{number}"
+        name = f"{prefix}-{number}"
         model = make_device_model(
             base, fixed_guess(name), recipe, splits, name=name, identity=["decoy", number],
             seed=derive_seed(part.seed, name), folder=shared / "decoy-models" / name, shared=shared, progress=progress,
@@ -78,8 +79,7 @@ def _sources(
     sources = [public, *models] if first else models
     if part.keys and part.ensemble:
         every = Ensemble([public.model, *(source.model for source in models)])
-        name = "decoy-all" if first else f"decoy-{part.generations}-all"
-        sources.append(Source(name, Threat.GUESSED_KEY, every, "base and all decoy keys"))
+        sources.append(Source(f"{prefix}-all", Threat.GUESSED_KEY, every, "base and all decoy keys"))
     return sources
 
 
