@@ -5,6 +5,10 @@ image. It is made on the model in evaluation mode: it moves no statistics of bat
 function that devices run, without dropout. Clean and attacked images then pass through the model together in training
 mode, so that batch normalisation sees, and later uses, the statistics of both.
 
+``FreeAdversarialTraining`` spends no gradient on attacks: a step's own backward pass also gives the images' gradients,
+and the next step learns the copies that they make (Shafahi et al., "Adversarial Training for Free!", NeurIPS 2019,
+with two replays, of which the first is the plain step).
+
 All randomness comes from torch's global generator, which training seeds at every epoch, so that a run that was
 interrupted goes on with the same images.
 """
@@ -21,6 +25,24 @@ from factory.classifier import ImageClassifier
 from factory.objective import Objective
 
 
+@dataclass(frozen=True, eq=False)
+class Learnt:
+    """Images of a step, whose gradient its backward pass leaves in them, with the bounds of their balls."""
+
+    images: Tensor
+    labels: Tensor
+    epsilon: Tensor
+    low: Tensor
+    high: Tensor
+
+    def attacked(self) -> tuple[Tensor, Tensor]:
+        """One step of ε along the gradient's sign, inside the ball, and the labels."""
+        if self.images.grad is None:
+            raise RuntimeError("the loss of the step before was not differentiated")
+        moved = self.images.detach() + self.epsilon * self.images.grad.sign()
+        return torch.clamp(moved, self.low, self.high), self.labels
+
+
 @dataclass(frozen=True)
 class TrainingAttack:
     """``steps`` steps of ε/``steps`` along the gradient's sign; ε uniform in [``low``, ``high``] on inputs in [0, 1].
@@ -35,12 +57,8 @@ class TrainingAttack:
 
     def generate(self, objective: Objective, model: ImageClassifier, images: Tensor, labels: Tensor) -> Tensor:
         """Attacked copies of ``images`` N×C×H×W in [0, 1], inside each image's ball and [0, 1]; without a gradient."""
-        draw = torch.rand(len(images), *(1 for _ in images.shape[1:]))
-        epsilon = (self.low + (self.high - self.low) * draw).to(images)
-        low, high = (images - epsilon).clamp(min=0), (images + epsilon).clamp(max=1)
-        attacked = images
-        if self.random_start:
-            attacked = torch.clamp(images + epsilon * (2 * torch.rand(images.shape) - 1).to(images), low, high)
+        epsilon, low, high = self._ball(images)
+        attacked = self._start(images, epsilon, low, high)
         with at_rest(model), at_rest(objective):
             for _ in range(self.steps):
                 leaf = attacked.detach().requires_grad_(True)
@@ -50,6 +68,23 @@ class TrainingAttack:
                 # Clipped outside the graph: a clamp has no gradient at its ends, where many pixels lie.
                 attacked = torch.clamp(attacked + epsilon / self.steps * gradient.sign(), low, high)
         return attacked.detach()
+
+    def begin(self, images: Tensor, labels: Tensor) -> Learnt:
+        """Images where an attack begins, which are given their gradient by the step that learns them."""
+        epsilon, low, high = self._ball(images)
+        leaf = self._start(images, epsilon, low, high).detach().requires_grad_(True)
+        return Learnt(leaf, labels, epsilon, low, high)
+
+    def _ball(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """ε of each image, and the ends of its ball within [0, 1]."""
+        draw = torch.rand(len(images), *(1 for _ in images.shape[1:]))
+        epsilon = (self.low + (self.high - self.low) * draw).to(images)
+        return epsilon, (images - epsilon).clamp(min=0), (images + epsilon).clamp(max=1)
+
+    def _start(self, images: Tensor, epsilon: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        if not self.random_start:
+            return images
+        return torch.clamp(images + epsilon * (2 * torch.rand(images.shape) - 1).to(images), low, high)
 
 
 class AdversarialTraining(Objective):
@@ -81,6 +116,44 @@ class AdversarialTraining(Objective):
             return self.objective(model, torch.cat([attacked, images[count:]]), labels)
         attacked = self.attack.generate(self.objective, model, images, labels)
         return self.objective(model, torch.cat([images, attacked]), torch.cat([labels, labels]))
+
+    def learned(self) -> dict[str, Tensor]:
+        """What the objective learned."""
+        return self.objective.learned()
+
+
+class FreeAdversarialTraining(Objective):
+    """``objective`` on batches of which ``share`` are attacked copies of images of the step before.
+
+    The copies replace the batch's first images, so that it keeps its size (decoys stand at its end). They are made from
+    the gradient of the step that learned these images, one step of the attack from the point where it was taken: with
+    a random start, that step learns noisy images. An epoch's first batch has none.
+    """
+
+    def __init__(self, objective: Objective, attack: TrainingAttack, warm_up: int = 0, share: float = 0.5) -> None:
+        super().__init__()
+        self.objective, self.attack, self.warm_up, self.share = objective, attack, warm_up, share
+        self.attacking = warm_up == 0
+        self._before: Learnt | None = None
+
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Pass it on; forget the last epoch's step; attack from epoch ``warm_up`` on."""
+        self.attacking = epoch >= self.warm_up
+        self._before = None
+        self.objective.begin_epoch(epoch, epochs)
+
+    def forward(self, model: ImageClassifier, images: Tensor, labels: Tensor) -> Tensor:
+        """The objective's loss of N images; its backward pass must be run before the next call."""
+        if not self.attacking:
+            return self.objective(model, images, labels)
+        count = round(self.share * len(images))
+        copies, their = images[:0], labels[:0]
+        if self._before is not None:
+            copies, their = self._before.attacked()
+            copies, their = copies[:count], their[:count]
+        kept, kept_labels = images[len(copies) :], labels[len(copies) :]
+        self._before = learnt = self.attack.begin(kept, kept_labels)
+        return self.objective(model, torch.cat([copies, learnt.images]), torch.cat([their, kept_labels]))
 
     def learned(self) -> dict[str, Tensor]:
         """What the objective learned."""

@@ -93,6 +93,52 @@ def test_a_share_of_the_batch_is_attacked_in_place(batch: tuple[Tensor, Tensor])
     assert change.max() <= 0.2 + 1e-6
 
 
+def test_free_attacks_are_the_gradients_of_the_step_before(batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    model, seen = cnn(), list[Tensor]()
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    watching = Watching()
+    part = AdversarialTrainingPart(kind="free", epsilon_low=0.1, epsilon_high=0.2, share=0.25)
+    training = part.build(watching)
+    training.begin_epoch(0, 1)
+    training(model.train(), images, labels).backward()
+    assert torch.equal(seen[0].detach(), images)  # nothing stands before the first batch
+    again = images.flip(0)
+    training(model, again, labels.flip(0)).backward()
+    # Two steps, and no other gradient.
+    assert watching.asked == [(64, True, False), (64, True, False)]
+    trained = seen[1].detach()
+    assert torch.equal(trained[16:], again[16:])
+    # The first quarter: the first images of the step before, moved by ε along the gradient which that step had.
+    learnt = seen[0]
+    assert learnt.requires_grad
+    moved = trained[:16] - images[:16]
+    largest = moved.abs().flatten(1).amax(1)
+    assert (largest >= 0.1 - 1e-6).all()
+    assert (largest <= 0.2 + 1e-6).all()
+    with torch.no_grad():
+        model.eval()
+        raised = nn.functional.cross_entropy(model(trained[:16]), labels[:16])
+        assert raised > nn.functional.cross_entropy(model(images[:16]), labels[:16])
+    training.begin_epoch(1, 2)
+    model.train()
+    training(model, again, labels.flip(0))
+    assert torch.equal(seen[-1].detach(), again)  # an epoch begins anew, so that it can be gone on with
+
+
+def test_free_attacks_need_the_backward_pass_and_begin_after_the_warm_up(batch: tuple[Tensor, Tensor]) -> None:
+    model, watching = cnn(), Watching()
+    training = AdversarialTrainingPart(kind="free", warm_up=1).build(watching)
+    training.begin_epoch(0, 2)
+    training(model, *batch)
+    training(model, *batch)
+    training.begin_epoch(1, 2)
+    training(model, *batch)
+    with pytest.raises(RuntimeError, match="was not differentiated"):
+        training(model, *batch)
+    assert set(training.learned()) == {"weight"}
+
+
 def test_it_attacks_at_rest_and_learns_both_halves_in_training_mode(batch: tuple[Tensor, Tensor]) -> None:
     images, labels = batch
     model, objective = cnn().train(), Watching()
@@ -140,16 +186,20 @@ def test_settings() -> None:
     assert RecipeSettings.model_validate({"adversarial": {"kind": "fgsm"}}).parts["adversarial"].name == "fgsm"
     with pytest.raises(ValueError, match="must not be above"):
         AdversarialTrainingPart(epsilon_low=0.2, epsilon_high=0.1)
+    with pytest.raises(ValueError, match=r"at most 0\.5"):
+        AdversarialTrainingPart(kind="free", share=0.6)
     assert "adversarial" not in RecipeSettings().model_dump()
 
 
 def test_a_model_trained_on_attacks_is_fooled_less(tiny_splits: Splits, tmp_path: Path) -> None:
-    """Accuracy under PGD on test images, after the same number of epochs."""
+    """Accuracy under PGD on test images, after the same number of epochs; free attacks at the cost of plain steps."""
     settings = TrainingSettings(epochs=4, batch_size=50, learning_rate=5e-3, shift=0, flip=False, precision="fp32")
     part = AdversarialTrainingPart(epsilon_low=0.02, epsilon_high=0.1, steps=2)
+    free = AdversarialTrainingPart(kind="free", epsilon_low=0.02, epsilon_high=0.1)
     images, labels = tiny_splits.test.images[:200].numpy(), tiny_splits.test.labels[:200].numpy()
     ball, right = Perturbation(Norm.LINF, 0.06), dict[str, float]()
-    for name, objective in (("plain", CrossEntropy()), ("attacked", part.build(CrossEntropy()))):
+    objectives = {"plain": CrossEntropy(), "attacked": part.build(CrossEntropy()), "free": free.build(CrossEntropy())}
+    for name, objective in objectives.items():
         model = cnn()
         train(
             model, tiny_splits.train.take(1000), tiny_splits.validation.take(50), settings, seed=0, name=name,
@@ -159,3 +209,4 @@ def test_a_model_trained_on_attacks_is_fooled_less(tiny_splits: Splits, tmp_path
         made = craft(source, [PGD(steps=10)], images, labels, perturbation=ball, seed=0)
         right[name] = float((predict(TorchRuntime(model), made.images["pgd"]) == labels).mean())
     assert right["attacked"] > right["plain"] + 0.1, right
+    assert right["free"] > right["plain"] + 0.1, right

@@ -33,6 +33,7 @@ from factory.studies.spec import (
     ConformitySpec,
     LocalizedSpec,
     PurifierSpec,
+    ReplicationSpec,
     Spec,
     Table1Spec,
     VolumizationSpec,
@@ -157,7 +158,8 @@ NESTED = (
     ("heading", "model"),
     [
         ("Settings of every study", Spec), ("An arm", ArmSettings), ("`table1`", Table1Spec),
-        ("`collusion`", CollusionSpec), ("`whitebox`", WhiteboxSpec), ("`localized`", LocalizedSpec),
+        ("`collusion`", CollusionSpec), ("`replication`", ReplicationSpec), ("`whitebox`", WhiteboxSpec),
+        ("`localized`", LocalizedSpec),
         ("`volumization`", VolumizationSpec), ("An arm of `volumization`", VolumizedArmSettings),
         ("`conformity`", ConformitySpec),
         ("`purifier`", PurifierSpec),

@@ -198,6 +198,26 @@ def test_hop_skip_jump_needs_labels_only_and_proposes_what_fooled(
     assert torch.equal(made(attack, LabelOnly(model), some)[0], made(attack, model, some)[0])
 
 
+def test_hop_skip_jump_goes_on_to_the_smallest_distance_if_asked(
+    model: nn.Module, images: tuple[np.ndarray, torch.Tensor]
+) -> None:
+    x, labels, everything = floats(images[0][:6]), images[1][:6], Perturbation(Norm.L2, 28.0)
+    any_image, nearest = (
+        HopSkipJump(queries=600, first_estimate=40, smallest=smallest).generate(
+            model, x, labels, epsilon=everything.radius, seed=0
+        )
+        for smallest in (False, True)
+    )
+    with torch.no_grad():
+        right = model(x).argmax(1) == labels
+        assert right.any()
+        assert (model(nearest)[right].argmax(1) != labels[right]).all()
+    far, near = ((made - x).flatten(1).norm(dim=1)[right] for made in (any_image, nearest))
+    assert (near < 0.5 * far).all()
+    assert torch.equal(nearest, torch.round(nearest * 255) / 255)  # 8-bit images, each seen to fool
+    assert HopSkipJump().description != HopSkipJump(smallest=True).description  # caches tell them apart
+
+
 def test_hop_skip_jump_starts_from_other_images_where_noise_gets_the_true_class(
     model: nn.Module, images: tuple[np.ndarray, torch.Tensor]
 ) -> None:

@@ -1,4 +1,4 @@
-"""Studies: specs, the shared zoo, and all four studies on a tiny base, twice."""
+"""Studies: specs, the shared zoo, and the studies of keys on a tiny base, twice."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ KINDS = {
     "transfer_attacks: [pgd]\nscreened_ensemble: 1\nautoattack_images: 90\nautoattack_targets: 1\n"
     "autoattack_queries: 10\n",
     "collusion": "study: collusion\ncolluding: [1, 2]\nattacks: [pgd]\nfleet_size: 100\n",
+    "replication": "study: replication\nqueries: 120\nsources: 1\n",
     "whitebox": "study: whitebox\nepsilon: linf:0.1\nautoattack: false\ncarlini_wagner_steps: 3\n",
     "localized": "study: localized\npixels: [1, 4]\npatches: [0.1]\nqueries: 50\npatch_steps: 3\npatch_images: 64\n",
 }
@@ -107,6 +108,23 @@ def test_white_box_attacks_beat_attacks_from_the_base(studies: tuple[Path, dict[
     assert white.mean < black.mean  # type: ignore[attr-defined]
 
 
+def test_replication_counts_what_the_asked_model_was_fooled_by(
+    studies: tuple[Path, dict[str, StudyDocument]],
+) -> None:
+    rows = table(studies[1]["replication"], "Replication")
+    assert set(rows) == {"keyed", "plain"}
+    for row in rows.values():
+        found, on_base = row["found"], row["on the public base"]
+        assert 0 < found.successes <= found.n <= 100  # type: ignore[attr-defined]
+        assert 0 < on_base.n <= found.successes  # type: ignore[attr-defined]
+        assert float(str(row["median L2"])) > 0
+    keyed, plain = rows["keyed"]["replicates on another device"], rows["plain"]["replicates on another device"]
+    assert keyed.devices == 2  # type: ignore[attr-defined]
+    assert plain.n <= rows["plain"]["found"].successes  # type: ignore[attr-defined]
+    gained = table(studies[1]["replication"], "Against the controls")["keyed"]["control minus keyed"]
+    assert gained.reason.startswith("a difference takes two targets")  # type: ignore[attr-defined]
+
+
 def test_patches_stand_beside_grey_ones(studies: tuple[Path, dict[str, StudyDocument]]) -> None:
     rows = table(studies[1]["localized"], "Patch against grey patch")
     assert set(rows) == {"keyed", "plain"}
@@ -130,7 +148,7 @@ def test_all_studies_share_one_zoo(studies: tuple[Path, dict[str, StudyDocument]
 
 def test_the_shipped_specs_are_read_and_an_unknown_name_is_refused() -> None:
     assert shipped_studies() == (
-        "collusion", "conformity", "localized", "purifier", "table1", "volumization", "whitebox",
+        "collusion", "conformity", "localized", "purifier", "replication", "table1", "volumization", "whitebox",
     )  # fmt: skip
     assert [read_spec(name).study for name in shipped_studies()] == list(shipped_studies())
     with pytest.raises(InputError, match="no study 'table2'; there are collusion"):
@@ -147,6 +165,8 @@ def test_the_shipped_specs_are_read_and_an_unknown_name_is_refused() -> None:
         ("study: table1\narms: [{name: ../a}]\n", "an arm's name"),
         ("study: table1\narms: [{name: a}, {name: b, models: 5}]\n", "the arms a and b are one recipe"),
         ("study: collusion\nperturbation: linf:9\narms: [{name: a}]\n", "perturbation"),
+        ("study: replication\nsources: 2\narms: [{name: a, models: 2}]\n", "no model left to be a target"),
+        ("study: replication\nperturbation: l0:4\narms: [{name: a}]\n", "made for l2 and linf"),
         ("study: collusion\nextra: 1\narms: [{name: a}]\n", "extra"),
     ],
 )
@@ -163,7 +183,9 @@ def test_the_command_refuses_an_unknown_study_in_one_sentence(keyfoundry: Callab
     done = keyfoundry("study", "table2")
     assert done.code == 3
     assert done.err.count("\n") == 1
-    assert "there are collusion, conformity, localized, purifier, table1, volumization, whitebox" in done.err
+    assert (
+        "there are collusion, conformity, localized, purifier, replication, table1, volumization, whitebox" in done.err
+    )
 
 
 def test_the_command_prints_the_document(

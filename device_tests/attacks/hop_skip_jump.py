@@ -1,7 +1,8 @@
 """HopSkipJump: from labels alone, along the decision boundary (Chen, Jordan and Wainwright, IEEE S&P 2020).
 
-Two things differ from the paper, whose goal is the smallest distance: the search for an image stops as soon as an
-8-bit image inside the set is fooled, and the number of queries is a hard limit for every image by itself.
+Two things differ from the paper, whose goal is the smallest distance: unless that is asked for, the search for an image
+stops as soon as an 8-bit image inside the set is fooled; and the number of queries is a hard limit for every image by
+itself.
 Queries are float images, as published: its probes are smaller than one 8-bit level, so that the attacker is taken
 to feed the model directly. What it proposes was seen to fool the target after rounding.
 """
@@ -29,6 +30,9 @@ NOISE_STARTS = 10
 OTHER_STARTS = 10
 """Images of other classes tried as a start when noise is always given the true class."""
 
+OUTWARD = (1.0, 1.02, 1.05, 1.1)
+"""How far an image of the smallest distance goes beyond the boundary, from the clean image, to fool when rounded."""
+
 SMALLEST_PROBE = 1e-5
 """Root mean square of a probe per value: below it, float32 images in [0, 1] no longer hold its direction."""
 
@@ -37,14 +41,16 @@ SMALLEST_PROBE = 1e-5
 class HopSkipJump:
     """HopSkipJump in L2 or L∞ with at most ``queries`` labels per image.
 
-    ``first_estimate``: probes of the first gradient estimate, B₀ of the paper; the t-th takes B₀·√t. An image for
-    which nothing is found is proposed as it was. Raises :class:`InputError` for another norm or less than one
-    gradient estimate.
+    ``first_estimate``: probes of the first gradient estimate, B₀ of the paper; the t-th takes B₀·√t. ``smallest``: go
+    on to ever smaller distances until the queries are spent, as the paper does; else any image inside the set will do.
+    An image for which nothing is found is proposed as it was. Raises :class:`InputError` for another norm or less than
+    one gradient estimate.
     """
 
     norm: Norm = Norm.L2
     queries: int = 1000
     first_estimate: int = 100
+    smallest: bool = False
 
     def __post_init__(self) -> None:
         if self.norm not in (Norm.LINF, Norm.L2):
@@ -64,7 +70,9 @@ class HopSkipJump:
     def description(self) -> str:
         """Norm and budget in words."""
         norm = "L∞" if self.norm is Norm.LINF else "L2"
-        return f"HopSkipJump, {norm}, at most {self.queries} label queries, {self.first_estimate}·√t probes in step t"
+        goal = ", smallest distance" if self.smallest else ""
+        probes = f"{self.first_estimate}·√t probes in step t"
+        return f"HopSkipJump, {norm}{goal}, at most {self.queries} label queries, {probes}"
 
     @property
     def gradients_per_image(self) -> int:
@@ -109,7 +117,10 @@ class HopSkipJump:
         generator: torch.Generator,
         found: Callable[[torch.Tensor], object],
     ) -> None:
-        """Walk along the boundary until an image inside the set is ``found``; raises :class:`_SpentError`."""
+        """Walk along the boundary until an image inside the set is ``found``, or on to nearer ones; every one is told.
+
+        Raises :class:`_SpentError`.
+        """
         if target.fooled_by(clean):
             return
         start = _start(target, clean, others, generator)
@@ -121,11 +132,15 @@ class HopSkipJump:
             distance = self._distance(x, clean)
             if distance <= epsilon:
                 # Deeper than the boundary first: the whole radius is the attacker's, and rounding undoes less there.
-                for scale in (epsilon / max(distance, 1e-12), 1.0):
+                scales = OUTWARD if self.smallest else (epsilon / max(distance, 1e-12), 1.0)
+                for scale in scales:
                     rounded = self._rounded(clean + scale * (x - clean), clean, epsilon)
                     if target.fooled_by(rounded):
                         found(rounded)
-                        return
+                        if not self.smallest:
+                            return
+                        epsilon = self._distance(rounded, clean)
+                        break
             step += 1
             direction = self._direction(target, x, distance, step, generator)
             length = distance / math.sqrt(step)

@@ -16,7 +16,8 @@ def study_command(
     name: Annotated[
         str,
         typer.Argument(
-            help="table1, collusion, conformity, localized, purifier, volumization, whitebox; with --spec, any."
+            help="table1, collusion, conformity, localized, purifier, replication, volumization or whitebox; "
+            "with --spec, any."
         ),
     ],
     spec: Annotated[Path | None, typer.Option(help="A spec file (TOML or YAML) instead of the shipped one.")] = None,

@@ -13,12 +13,14 @@ from factory.studies.collusion import collusion
 from factory.studies.conformity import conformity
 from factory.studies.localized import localized
 from factory.studies.purifier import purifier_study
+from factory.studies.replication import replication
 from factory.studies.spec import (
     AnySpec,
     CollusionSpec,
     ConformitySpec,
     LocalizedSpec,
     PurifierSpec,
+    ReplicationSpec,
     Table1Spec,
     VolumizationSpec,
     WhiteboxSpec,
@@ -47,6 +49,8 @@ def run_study(spec: AnySpec, name: str, out: Path, progress: Progress, command: 
                 document = table1(bench, spec, command)
             case CollusionSpec():
                 document = collusion(bench, spec, command)
+            case ReplicationSpec():
+                document = replication(bench, spec, command)
             case LocalizedSpec():
                 document = localized(bench, spec, command)
             case ConformitySpec():

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 
-from device_tests.perturbation import Perturbation
+from device_tests.perturbation import Norm, Perturbation
 from factory.purifier.settings import PurifierSettings
 from factory.recipes.adversarial_training import AdversarialTrainingPart
 from factory.recipes.cross_entropy import CrossEntropyPart
@@ -152,6 +152,25 @@ class CollusionSpec(Spec):
     colluding: tuple[int, ...] = (1, 2, 3, 4, 6, 8)
     attacks: tuple[str, ...] = ("mi-di",)
     fleet_size: int = Field(default=10_000, ge=2, description="the fleet that the trend is asked about")
+
+
+class ReplicationSpec(Spec):
+    """How often what one device's answers led to fools another device."""
+
+    study: Literal["replication"]
+    perturbation: PerturbationText = Field(default="l2:10", description="the farthest that counts; L2 or L∞")
+    queries: int = Field(default=1000, ge=101, description="labels per image")
+    sources: int = Field(
+        default=2, ge=1, description="models of an arm that are asked, each for its part of the images"
+    )
+
+    @model_validator(mode="after")
+    def _has_targets(self) -> ReplicationSpec:
+        if Perturbation.parse(self.perturbation).norm not in (Norm.L2, Norm.LINF):
+            raise ValueError("HopSkipJump is made for l2 and linf")
+        if few := [arm.name for arm in self.arms if arm.models <= self.sources]:
+            raise ValueError(f"arm {few[0]} has no model left to be a target; give it more than {self.sources}")
+        return self
 
 
 class WhiteboxSpec(Spec):
@@ -310,7 +329,16 @@ def _ascends(values: tuple[float, ...]) -> bool:
     return len(values) > 0 and all(first < second for first, second in itertools.pairwise(values))
 
 
-AnySpec = Table1Spec | CollusionSpec | WhiteboxSpec | LocalizedSpec | PurifierSpec | ConformitySpec | VolumizationSpec
+AnySpec = (
+    Table1Spec
+    | CollusionSpec
+    | ReplicationSpec
+    | WhiteboxSpec
+    | LocalizedSpec
+    | PurifierSpec
+    | ConformitySpec
+    | VolumizationSpec
+)
 _READER: TypeAdapter[AnySpec] = TypeAdapter(Annotated[AnySpec, Field(discriminator="study")])
 
 
