@@ -85,6 +85,9 @@ def choices(shipped: Base, seed: int) -> dict[str, Choice]:
             "objective": {"kind": "prototype-conformity", "inference": "nearest-prototype"},
         },
         "adversarial training, PGD of 10 steps": {"adversarial": {"kind": "pgd"}},
+        "adversarial training, free, half a batch": {"adversarial": {"kind": "free"}},
+        "adversarial training, one step, half a batch": {"adversarial": {"kind": "pgd", "steps": 1, "share": 0.5}},
+        "distillation": {"objective": {"kind": "distillation"}},
         "curriculum, 4 sub-batches": {"curriculum": {"kind": "syllabus"}},
         "decoys, 0.4 of a batch": {"decoys": {}},
         "2 keys, average": {"keys": {"count": 2, "combine": "average"}},
@@ -149,7 +152,8 @@ def _member(
     architecture = base.architecture
     transform = keyed_transform(base, recipe, key)
     model = ImageClassifier(adapt(base.network, recipe), architecture.mean, architecture.std, transform)
-    objective = recipe.objective.build(model.network, len(splits.labels), recipe.training.label_smoothing)
+    classes, smoothing = len(splits.labels), recipe.training.label_smoothing
+    objective = recipe.objective.build(model.network, classes, smoothing, base.network)
     if recipe.adversarial is not None:
         objective = recipe.adversarial.build(objective)
     images, labels = splits.train.images, splits.train.labels

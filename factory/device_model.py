@@ -83,7 +83,7 @@ def check_parts(base: Base, recipe: RecipeSettings) -> None:
     check_recipe(recipe, traits(base.network), f"base {base.architecture.name}")
     keyed_transform(base, recipe, fixed_guess("check"))
     with torch.random.fork_rng(devices=[]):
-        recipe.objective.build(base.network, 2, 0.0)
+        recipe.objective.build(base.network, 2, 0.0, base.network)
     if recipe.curriculum is not None:
         recipe.curriculum.build()
     if recipe.decoys is not None:
@@ -131,7 +131,7 @@ def make_device_model(
     if finished is None:
         decoys = recipe.decoys and recipe.decoys.open(base, recipe, splits, shared, progress)
         torch.manual_seed(derive_seed(seed, name, "objective"))  # decoys may have drawn from it
-        history, learned = _fine_tune(classifier, recipe, splits, decoys, name, made_from, seed, folder, progress)
+        history, learned = _fine_tune(classifier, base, recipe, splits, decoys, name, made_from, seed, folder, progress)
         save_adapter(network, adapter, learned)
         values: dict[str, Any] = {
             "made_from": made_from, "adapter_digest": adapter_digest(adapter), "seed": seed,
@@ -175,13 +175,14 @@ def _ensemble(
 
 
 def _fine_tune(
-    classifier: ImageClassifier, recipe: RecipeSettings, splits: Splits, decoys: DecoyPool | None, name: str,
-    made_from: str, seed: int, folder: Path, progress: Progress,
+    classifier: ImageClassifier, base: Base, recipe: RecipeSettings, splits: Splits, decoys: DecoyPool | None,
+    name: str, made_from: str, seed: int, folder: Path, progress: Progress,
 ) -> tuple[tuple[Epoch, ...], dict[str, Tensor]]:  # fmt: skip
     """The history, and what the objective learned."""
     checkpoint = folder / f"training-{made_from[:16]}.safetensors"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    objective = recipe.objective.build(classifier.network, len(splits.labels), recipe.training.label_smoothing)
+    classes, smoothing = len(splits.labels), recipe.training.label_smoothing
+    objective = recipe.objective.build(classifier.network, classes, smoothing, base.network)
     if recipe.adversarial is not None:
         objective = recipe.adversarial.build(objective)
     history = train(

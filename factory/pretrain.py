@@ -68,10 +68,12 @@ def pretrain(
     base = _copy(start) if isinstance(start, Base) else _at_random(start, splits, seed)
     network, name = base.network, base.architecture.name
     check_recipe(recipe, traits(network), f"base {name}")
+    if recipe.objective.name == "distillation":
+        raise InputError("A base has no other base to learn from; choose another objective than distillation.")
     if recipe.objective.changes_network:
         raise InputError('A base answers by its own weights; give the objective inference = "softmax".')
     model = public_model(base, recipe)
-    objective = recipe.objective.build(network, len(splits.labels), settings.label_smoothing)
+    objective = recipe.objective.build(network, len(splits.labels), settings.label_smoothing, network)
     parts = _parts(recipe, transformed=model.transform is not None)
     made_from = [begun or repr(base.architecture), splits.digest, settings.model_dump(mode="json"), parts, seed]
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()

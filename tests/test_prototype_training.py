@@ -202,7 +202,7 @@ def test_inference_by_prototypes_needs_the_last_depth() -> None:
     with pytest.raises(ValueError, match=r"needs 1\.0 as the last"):
         PrototypeConformityPart(depths=(1.0, 0.5), inference="nearest-prototype")
     with pytest.raises(InputError, match="only one class"):
-        PrototypeConformityPart().build(SmallCnn(), 1, 0.0)
+        PrototypeConformityPart().build(SmallCnn(), 1, 0.0, SmallCnn())
     with pytest.raises(InputError, match="no class token"):
         PrototypeConformityPart(tokens="class").build(SmallCnn(), 10, 0.0)
 
@@ -276,7 +276,7 @@ def test_the_objective_is_rebuilt_from_what_was_kept(tiny_base: Base, few: Split
     images, labels = few.test.images[:20].float() / 255, few.test.labels[:20]
     losses: list[float] = []
     for network in (model.classifier, bake(model.classifier)):
-        objective = settings.objective.build(tiny_base.network, 10, 0.0)
+        objective = settings.objective.build(tiny_base.network, 10, 0.0, tiny_base.network)
         assert isinstance(objective, ConformityObjective)
         objective.load_state_dict(read_learned(tmp_path / "adapter"))
         with torch.no_grad():

@@ -117,7 +117,7 @@ def test_replication_counts_what_the_asked_model_was_fooled_by(
         found, on_base = row["found"], row["on the public base"]
         assert 0 < found.successes <= found.n <= 100  # type: ignore[attr-defined]
         assert 0 < on_base.n <= found.successes  # type: ignore[attr-defined]
-        assert float(str(row["median L2"])) > 0
+        assert float(str(row["median distance"]).removeprefix("L2 ")) > 0
     keyed, plain = rows["keyed"]["replicates on another device"], rows["plain"]["replicates on another device"]
     assert keyed.devices == 2  # type: ignore[attr-defined]
     assert plain.n <= rows["plain"]["found"].successes  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ class CrossEntropyPart(ObjectivePart):
 
     kind: Literal["cross-entropy"] = "cross-entropy"
 
-    def build(self, network: nn.Module, classes: int, label_smoothing: float) -> Objective:
+    def build(self, network: nn.Module, classes: int, label_smoothing: float, base: nn.Module) -> Objective:
         """The mean over the batch."""
         from factory.objective import CrossEntropy
 

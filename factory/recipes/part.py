@@ -89,8 +89,11 @@ class ObjectivePart(Part):
         ``learned``: what :meth:`factory.objective.Objective.learned` gave. Raises InputError if it does not fit.
         """
 
-    def build(self, network: nn.Module, classes: int, label_smoothing: float) -> Objective:
-        """The loss, with parameters of its own (in training only) if it needs some."""
+    def build(self, network: nn.Module, classes: int, label_smoothing: float, base: nn.Module) -> Objective:
+        """The loss, with parameters of its own (in training only) if it needs some.
+
+        ``network``: what is trained, a copy of ``base``, the public base's network, in whatever way it was adapted.
+        """
         raise NotImplementedError
 
 

@@ -18,7 +18,7 @@ class PatchAggregatePart(ObjectivePart):
     kind: Literal["patch-aggregate"] = "patch-aggregate"
     needs = frozenset({Trait.PATCH_LOGITS})
 
-    def build(self, network: nn.Module, classes: int, label_smoothing: float) -> Objective:
+    def build(self, network: nn.Module, classes: int, label_smoothing: float, base: nn.Module) -> Objective:
         """The mean over the batch; it smooths no labels."""
         from factory.volumization.patch_loss import PatchAggregate
 

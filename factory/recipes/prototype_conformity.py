@@ -49,7 +49,7 @@ class PrototypeConformityPart(ObjectivePart):
         """Prototypes stand in the place of the classifier."""
         return self.inference == "nearest-prototype"
 
-    def build(self, network: nn.Module, classes: int, label_smoothing: float) -> Objective:
+    def build(self, network: nn.Module, classes: int, label_smoothing: float, base: nn.Module) -> Objective:
         """The joint loss, with branches and centroids for ``network``.
 
         Raises InputError for depths it lacks, and where nearest prototypes would have to answer for every patch.

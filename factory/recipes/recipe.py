@@ -21,6 +21,7 @@ from factory.recipes.bit_flip import BitFlipPart
 from factory.recipes.block_shuffle import BlockShufflePart
 from factory.recipes.cross_entropy import CrossEntropyPart
 from factory.recipes.decoys import DecoysPart
+from factory.recipes.distillation import DistillationPart
 from factory.recipes.format_preserving import FormatPreservingPart
 from factory.recipes.key_ensemble import KeyEnsemblePart
 from factory.recipes.part import Part, Trait
@@ -34,7 +35,9 @@ from factory.section import Section
 from keys.errors import InputError
 
 Transform = Annotated[BlockShufflePart | BitFlipPart | FormatPreservingPart | VolumizePart, Field(discriminator="kind")]
-Objective = Annotated[CrossEntropyPart | PrototypeConformityPart | PatchAggregatePart, Field(discriminator="kind")]
+Objective = Annotated[
+    CrossEntropyPart | DistillationPart | PrototypeConformityPart | PatchAggregatePart, Field(discriminator="kind")
+]
 
 ADAPTATION_NEEDS: Mapping[str, tuple[Trait, ...]] = {
     "lora": (Trait.PATCH_EMBEDDING, Trait.ATTENTION),

@@ -123,7 +123,8 @@ def adaptive_attacks(bench: Workbench, member: Member) -> tuple[AdaptiveAttack, 
     recipe = member.arm.recipe
     if not isinstance(recipe.objective, PrototypeConformityPart):
         return ()
-    objective = recipe.objective.build(bench.base.network, len(bench.splits.labels), recipe.training.label_smoothing)
+    network, classes = bench.base.network, len(bench.splits.labels)
+    objective = recipe.objective.build(network, classes, recipe.training.label_smoothing, network)
     learned = read_learned(member.folder / "adapter")
     objective.load_state_dict(learned)
     assert isinstance(objective, ConformityObjective)

@@ -7,6 +7,7 @@ right when clean and that fool the first one count.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,7 @@ from device_tests.evidence import Measured
 from device_tests.fleet_statistics import FleetDifference, fleet_rate, group_difference
 from device_tests.images import LEVELS
 from device_tests.perturbation import Perturbation
-from device_tests.report.study_document import BudgetLine, Section, StudyDocument, Table, TableCell
+from device_tests.report.study_document import BudgetLine, HeatMap, HeatRow, Section, StudyDocument, Table, TableCell
 from device_tests.threats import Source, Threat
 from exporters.measured import NotMeasured
 from exporters.run_torch import TorchRuntime
@@ -64,7 +65,7 @@ def replication(bench: Workbench, spec: ReplicationSpec, command: str) -> StudyD
         title="Replication",
         caption="Found: of the images that the asked device gets right, those for which a fooling one was found. "
         "Replicates: of the found ones, those that fool another device of the arm which gets the clean image right.",
-        columns=("arm", "found", "median L2", "replicates on another device", "on the public base"),
+        columns=("arm", "found", "median distance", "replicates on another device", "on the public base"),
         rows=tuple(
             (line.arm.name, line.found, line.distance, cell(line.rate), line.on_base) for line in lines
         ),
@@ -85,6 +86,9 @@ def replication(bench: Workbench, spec: ReplicationSpec, command: str) -> StudyD
         f"The images are shared out among the first {spec.sources} models of an arm, which are asked; the others are "
         "targets."
     )
+    sections = [
+        Section(title="HopSkipJump from one device to another", prose=(said,), blocks=(_heat(lines), table, against))
+    ]
     return study_document(
         bench, name="replication", title="What one device's answers say about another",
         conclusion=[f"{line.arm.name}: {written(line.rate)} replicate." for line in lines]
@@ -96,8 +100,20 @@ def replication(bench: Workbench, spec: ReplicationSpec, command: str) -> StudyD
                 queries=str(spec.queries),
             )
         ],
-        sections=[Section(title="HopSkipJump from one device to another", prose=(said,), blocks=(table, against))],
-        command=command,
+        sections=sections, command=command,
+    )  # fmt: skip
+
+
+def _heat(lines: Sequence[Line]) -> HeatMap:
+    return HeatMap(
+        title="Replication rate", caption="Made on one model of the arm by its labels, tried on another.",
+        row_label="Tried on", column_label="Arm",
+        rows=(
+            HeatRow(name="another device", threat=Threat.QUERIES.code, note="a model of the same arm"),
+            HeatRow(name="public base", threat=Threat.QUERIES.code, note="what every arm began as"),
+        ),
+        columns=tuple(line.arm.name for line in lines),
+        cells=(tuple(cell(line.rate) for line in lines), tuple(cell(line.on_base) for line in lines)),
     )  # fmt: skip
 
 
@@ -121,7 +137,7 @@ def _line(bench: Workbench, spec: ReplicationSpec, arm: ArmSettings) -> Line:
     base = bench.base_model
     on_base = one_model(~_right(base, adversarial, truth), _right(base, on.images, truth) & found)
     moved = (adversarial[found].astype(np.float64) - on.images[found]).reshape(int(found.sum()), -1) / LEVELS
-    distance = f"{np.median(np.linalg.norm(moved, axis=1)):.2f}" if len(moved) else "none"
+    distance = f"L2 {np.median(np.linalg.norm(moved, axis=1)):.2f}" if len(moved) else "none"
     return Line(arm, fooled, judged, one_model(found, at_home), on_base, distance)
 
 
