@@ -245,6 +245,7 @@ def test_a_base_is_not_trained_by_parts_that_only_devices_have(
     for text, said in (
         ("[recipe]\nkeys = { count = 2 }\n", "A base has no keys"),
         ("[recipe.decoys]\nkeys = 1\n", "A base has no decoys"),
+        ('[recipe]\nobjective = { kind = "distillation" }\n', "A base has no other base to learn from"),
         ('[objective]\nkind = "prototype-conformity"\n', "has no table [recipe]"),
     ):
         recipe.write_text(text)
