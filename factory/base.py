@@ -34,7 +34,12 @@ from keys.files import write_atomic
 BLOCK_SIZE = 4
 """Side of a block in pixels where neither the recipe nor a patch says it."""
 
-SHIPPED = Path(__file__).parent / "assets" / "base" / "vit-fashion-mnist.safetensors"
+_ASSETS = Path(__file__).parent / "assets" / "base"
+EMBEDDED = {
+    "shipped": _ASSETS / "vit-fashion-mnist.safetensors",
+    "hardened": _ASSETS / "vit-fashion-mnist-hardened.safetensors",
+}
+"""The bases that come with the program: by plain training, and by adversarial training on from that one."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,8 @@ def build_network(architecture: Architecture, *, pretrained: bool = False, seed:
     if not timm.is_model(architecture.name):
         close = ", ".join(difflib.get_close_matches(architecture.name, timm.list_models()))
         raise InputError(
-            f"Base {architecture.name!r} is neither 'shipped', nor a checkpoint file, nor a model timm knows"
+            f"Base {architecture.name!r} is neither {' nor '.join(map(repr, EMBEDDED))}, nor a checkpoint file, nor a "
+            "model timm knows"
             + (f" (close to it: {close})." if close else f", nor one of {', '.join(OWN_NETWORKS)}.")
         )
     torch.manual_seed(derive_seed(seed, "initial weights"))
@@ -236,7 +242,7 @@ def load_base(settings: BaseSettings, labels: tuple[str, ...], seed: int) -> Bas
 
 def _checkpoint(settings: BaseSettings) -> Path | None:
     """The checkpoint file that the settings name, or None for a timm name."""
-    path = SHIPPED if settings.name == "shipped" else Path(settings.name)
+    path = EMBEDDED.get(settings.name) or Path(settings.name)
     if path.suffix in {".pt", ".pth", ".bin", ".ckpt"}:
         raise InputError(f"{path} is a pickled checkpoint; give a .safetensors file written by 'keyfoundry pretrain'.")
     return path if path.suffix == ".safetensors" else None

@@ -22,6 +22,11 @@ from factory.recipes.recipe import RecipeSettings
 from factory.section import Section
 from keys.errors import InputError
 
+DEFAULT_PRESET = "hardened"
+"""What a fleet is made by when nothing is said about its base."""
+
+_PRESETS = Path(__file__).parent / "assets" / "fleets"
+
 SectionT = TypeVar("SectionT", bound=Section)
 
 
@@ -46,7 +51,9 @@ class DataSettings(Section):
 class BaseSettings(Section):
     """The shared pre-trained network, a ViT unless another is named."""
 
-    name: str = Field(default="shipped", description="shipped, a timm model name, or the path of a checkpoint")
+    name: str = Field(
+        default="shipped", description="shipped, hardened, a timm model name, or the path of a checkpoint"
+    )
     image_size: int | None = Field(default=None, ge=4, description="input size, for timm names")
     random_weights: bool = Field(default=False, description="do not load pre-trained weights (for dry runs)")
 
@@ -251,6 +258,18 @@ def fault_in_words(fault: ErrorDetails, page: str = "docs/fleet-file.md") -> str
     if fault["type"] in {"model_type", "model_attributes_type", "dataclass_type"}:
         return "should be a table of settings"
     return fault["msg"].removeprefix("Value error, ").removesuffix(".")
+
+
+def presets() -> tuple[str, ...]:
+    """Names of the embedded fleet files."""
+    return tuple(sorted(path.stem for path in _PRESETS.glob("*.toml")))
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The settings in an embedded fleet file; raises InputError if there is none of that name."""
+    if name not in presets():
+        raise InputError(f"There is no preset {name!r}; there are {', '.join(presets())}.")
+    return read_fleet_file(_PRESETS / f"{name}.toml")
 
 
 def read_fleet_file(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from factory.base import Base, read_checkpoint
+from factory.base import EMBEDDED, Base, read_checkpoint
 from keys.errors import KeyfoundryError, exit_codes
 
 Run = Callable[..., Any]
@@ -140,6 +140,23 @@ def test_a_fleet_speaks_json(fleet_copy: Path, keyfoundry: Run, tiny_settings: P
     assert parsed(keyfoundry("keys", "list", *where))["devices"] == {"device-1": 1, "device-2": 2}
 
 
+def test_a_fleet_begins_with_a_preset_unless_its_base_is_named(
+    keyfoundry: Run, tiny_settings: Path, tiny_base_path: Path, tmp_path: Path
+) -> None:
+    """Each run is refused for its data, after its settings were resolved and before anything is trained."""
+    where = ["--data", "idx", "--data-root", tmp_path / "nowhere", "--out", tmp_path / "fleet", "--quiet"]
+    for options, said in (
+        (["--preset", "soft"], "no preset 'soft'; there are hardened, plain"),
+        (["--preset", "plain", "--config", tiny_settings], "--preset and --config are both fleet files"),
+        (["--block-size", 5], "Block size 5"),
+        (["--base", tiny_base_path], "nowhere"),
+        ([], "nowhere"),
+    ):
+        refused = keyfoundry("provision", *options, *where)
+        assert refused.code == 3
+        assert said in refused.err
+
+
 def test_the_same_commands_speak_plainly(fleet_copy: Path, keyfoundry: Run) -> None:
     where = ["--out", fleet_copy]
     assert "device-1: released" in keyfoundry("report", *where).out
@@ -217,7 +234,8 @@ def test_a_base_is_hardened_from_another(
         refused = keyfoundry("pretrain", *where, option, value)
         assert (refused.code, f"says {option} already" in refused.err) == (3, True)
     for start, target, said in (
-        ("resnet18", out, "must be 'shipped' or a .safetensors"),
+        ("resnet18", out, "must be 'shipped', 'hardened' or a .safetensors"),
+        ("hardened", EMBEDDED["hardened"], "would be written over"),
         (tiny_base_path, tiny_base_path, "would be written over"),
     ):
         refused = keyfoundry("pretrain", "--start", start, "--out", target)

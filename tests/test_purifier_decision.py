@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from device_tests.attacks.pgd import PGD
-from factory.base import SHIPPED, read_checkpoint
+from factory.base import EMBEDDED, read_checkpoint
 from factory.classifier import ImageClassifier
 from factory.data import load_splits
 from factory.progress import Progress
@@ -43,7 +43,7 @@ class Victims:
 
 @pytest.fixture(scope="module")
 def victims(tmp_path_factory: pytest.TempPathFactory) -> Victims:
-    base = read_checkpoint(SHIPPED)
+    base = read_checkpoint(EMBEDDED["shipped"])
     architecture = base.architecture
     model = ImageClassifier(base.network, architecture.mean, architecture.std).eval()
     splits = load_splits(DataSettings(), architecture.contract, tmp_path_factory.mktemp("data"), Progress(quiet=True))

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from factory.base import read_base
 from factory.cli.options import merged
 from factory.fleet_folder import to_toml
-from factory.settings import FleetSettings, parse, read_fleet_file
+from factory.settings import DEFAULT_PRESET, FleetSettings, parse, presets, read_fleet_file, read_preset
 from keys.errors import InputError
 
 TOML = """\
@@ -54,6 +55,18 @@ def test_every_setting_survives_the_way_through_fleet_toml() -> None:
     settings = parse(FleetSettings, values, "a test")
     assert parse(FleetSettings, tomllib.loads(to_toml(settings)), "fleet.toml") == settings
     assert parse(FleetSettings, tomllib.loads(to_toml(FleetSettings())), "fleet.toml") == FleetSettings()
+
+
+def test_presets_are_fleet_files_and_the_default_is_the_hardened_one() -> None:
+    assert presets() == ("hardened", "plain")
+    plain, hardened = (parse(FleetSettings, read_preset(name), name) for name in ("plain", DEFAULT_PRESET))
+    assert plain == FleetSettings()
+    assert hardened.base.name == "hardened"
+    assert read_base(hardened.base).architecture == read_base(plain.base).architecture
+    assert set(hardened.recipe.model_dump()) - set(plain.recipe.model_dump()) == {"adversarial", "objective"}
+    assert parse(FleetSettings, tomllib.loads(to_toml(hardened)), "fleet.toml") == hardened
+    with pytest.raises(InputError, match="no preset 'soft'; there are hardened, plain"):
+        read_preset("soft")
 
 
 def test_a_number_of_devices_stands_for_their_ids() -> None:

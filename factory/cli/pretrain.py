@@ -24,7 +24,9 @@ def pretrain_command(
     data_root: Annotated[Path | None, typer.Option(help="Folder of the data set.")] = None,
     start: Annotated[
         str | None,
-        typer.Option(help="Go on from this base: shipped, or a checkpoint; it says architecture, size and channels."),
+        typer.Option(
+            help="Go on from this base: shipped, hardened, or a checkpoint; it says architecture, size and channels."
+        ),
     ] = None,
     architecture: Annotated[str, typer.Option(help="A timm name, or one of docs/bases.md.")] = "vit_tiny_patch16_224",
     model_arg: Annotated[
@@ -129,7 +131,13 @@ def _check_start(context: typer.Context, start: str, out: Path) -> None:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise InputError(f"The base of --start says --{name.replace('_', '-')} already; leave one of them out.")
-    if start != "shipped" and Path(start).suffix != ".safetensors":
-        raise InputError(f"--start {start} must be 'shipped' or a .safetensors file written by 'keyfoundry pretrain'.")
-    if Path(start).resolve() == out.resolve():
+    from factory.base import EMBEDDED
+
+    path = EMBEDDED.get(start, Path(start))
+    if path.suffix != ".safetensors":
+        raise InputError(
+            f"--start {start} must be {', '.join(map(repr, EMBEDDED))} or a .safetensors file written by 'keyfoundry "
+            "pretrain'."
+        )
+    if path.resolve() == out.resolve():
         raise InputError(f"--start and --out are both {out}: the base would be written over; name another --out.")

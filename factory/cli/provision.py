@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from factory.cli.options import DEFAULT_OUT, Json, Out, PassphraseFile, Quiet, merged
+from keys.errors import InputError
 
 if TYPE_CHECKING:
     from factory.fleet import Findings, Verdict
@@ -19,8 +20,12 @@ if TYPE_CHECKING:
 def provision_command(
     out: Out = DEFAULT_OUT,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="Fleet file (TOML or YAML).")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="An embedded fleet file: hardened (default, unless --base or --config is given) or plain."),
+    ] = None,
     devices: Annotated[str | None, typer.Option(help="A number of devices, or their ids, separated by commas.")] = None,
-    base: Annotated[str | None, typer.Option(help="shipped, a timm name, or a checkpoint's path.")] = None,
+    base: Annotated[str | None, typer.Option(help="hardened, shipped, a timm name, or a checkpoint's path.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Input size of a timm base.")] = None,
     random_weights: Annotated[
         bool | None, typer.Option("--random-weights", help="Do not load a timm base's pre-trained weights.")
@@ -57,7 +62,7 @@ def provision_command(
     from factory.fleet_folder import FleetFolder
     from factory.pipeline import open_fleet, provision
     from factory.progress import Progress
-    from factory.settings import FleetSettings, parse, read_fleet_file
+    from factory.settings import DEFAULT_PRESET, FleetSettings, parse, read_fleet_file, read_preset
 
     options: dict[str, Any] = {
         "devices": _devices(devices), "base.name": base, "base.image_size": image_size,
@@ -68,9 +73,16 @@ def provision_command(
         "seed": seed,
     }  # fmt: skip
     folder = FleetFolder(out)
-    values = folder.stored_settings().model_dump(mode="json") if folder.settings.is_file() else {}
+    if preset is not None and config is not None:
+        raise InputError("--preset and --config are both fleet files; leave one of them out.")
     if config is not None:
         values = read_fleet_file(config)
+    elif preset is None and folder.settings.is_file():
+        values = folder.stored_settings().model_dump(mode="json")
+    elif preset is None and base is not None:
+        values = {}
+    else:
+        values = read_preset(preset or DEFAULT_PRESET)
     settings = parse(FleetSettings, merged(values, options), "the settings")
     progress = Progress(quiet=quiet)
     with folder.locked():
