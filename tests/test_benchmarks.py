@@ -14,6 +14,7 @@ from benchmarks import (
     autoattack_time,
     export_fleet,
     export_time,
+    fine_tuning,
     keyed_latency,
     latency,
     marginal_device,
@@ -68,6 +69,24 @@ def test_exporting_is_timed_beside_copying_and_converting(tmp_path: Path, capsys
     found = json.loads(path.read_text())["results"]["onnx-int8"]
     assert set(found["seconds"]) == {"copy", "marginal", "full"}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_fine_tuning_is_timed_beside_a_plain_loop_and_a_fleets_cost_is_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, figure = tmp_path / "record.json", tmp_path / "cost.svg"
+    small = ["--rounds", "2", "--batches", "1", "--batch-size", "16", "--threads", "1", "--json", str(path)]
+    assert fine_tuning.main([*small, "--hardening", "60", "--figure", str(figure)]) == 0
+    printed = capsys.readouterr().out
+    assert RATIO.search(printed), printed
+    results = json.loads(path.read_text())["results"]
+    assert set(results["spent"]) == {"plain loop of peft, float32", "preset plain", "preset hardened"}
+    assert all(len(spent) == 2 and min(one["wall"] for one in spent) > 0 for spent in results["spent"].values())
+    assert results["cost"]["preset plain"]["median"] == 1
+    assert results["cost"]["preset hardened"]["median"] > 0
+    drawn = figure.read_text()
+    assert "devices in the fleet" in drawn
+    assert "preset hardened" in drawn
 
 
 def test_a_fleets_packages_are_counted(

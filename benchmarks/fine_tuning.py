@@ -1,0 +1,175 @@
+"""How fast one device is fine-tuned, beside a plain loop of peft; and what a fleet of N costs per device.
+
+The plain loop is what peft's own examples do: float32, a DataLoader over shuffled tensors, AdamW; it augments nothing.
+The factory's is :func:`factory.train.train` with its augmentation, without validation and checkpoint. All recipes take
+turns in one process and see the same number of images. With ``--hardening`` seconds, spent once for all fleets, the
+cost per device of N devices is drawn to ``--figure``, in units of a device by the plain preset. Run alone::
+
+    python -m benchmarks.fine_tuning --json FILE --hardening 1320 --figure FILE.svg
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks.rounds import Ratio, Spent, ratio, table, write_record
+from factory.adaptation import adapt
+from factory.base import Base, load_base, read_base
+from factory.classifier import ImageClassifier
+from factory.data import Split, Splits, load_splits
+from factory.device_model import keyed_transform
+from factory.progress import Progress
+from factory.recipes.recipe import RecipeSettings
+from factory.settings import DataSettings, FleetSettings, parse, presets, read_preset
+from factory.train import train
+from keys.derive import fixed_guess
+
+LOOP, PLAIN = "plain loop of peft, float32", "preset plain"
+
+
+def device(base: Base, recipe: RecipeSettings) -> ImageClassifier:
+    """A keyed model, ready to be trained."""
+    torch.manual_seed(0)
+    architecture = base.architecture
+    transform = keyed_transform(base, recipe, fixed_guess("fine-tuning"))
+    return ImageClassifier(adapt(base.network, recipe), architecture.mean, architecture.std, transform)
+
+
+def plain_loop(model: ImageClassifier, split: Split, batch_size: int, *, bf16: bool = False) -> Callable[[], None]:
+    """One pass over the images, as written without a framework."""
+    images, labels = split.images.float() / 255, split.labels
+    loader = DataLoader(TensorDataset(images, labels), batch_size=batch_size, shuffle=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5)
+    answer: nn.Module = model.train()
+
+    def work() -> None:
+        for batch, truth in loader:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = functional.cross_entropy(answer(batch).float(), truth)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    return work
+
+
+def factory_loop(
+    base: Base, recipe: RecipeSettings, splits: Splits, batch_size: int, folder: Path
+) -> Callable[[], float]:
+    """One pass over the images as the factory makes it: the seconds of its steps."""
+    model = device(base, recipe)
+    classes = len(splits.labels)
+    objective = recipe.objective.build(model.network, classes, recipe.training.label_smoothing, base.network)
+    if recipe.adversarial is not None:
+        objective = recipe.adversarial.build(objective)
+    settings = recipe.training.model_copy(update={"epochs": 1, "batch_size": batch_size, "learning_rate": 1e-5})
+    runs = itertools.count()
+    folder.mkdir()
+
+    def work() -> float:
+        (epoch,) = train(
+            model, splits.train, splits.validation, settings, seed=0, name="fine-tuning",
+            checkpoint=folder / f"{next(runs)}.safetensors", progress=Progress(quiet=True), objective=objective,
+        )  # fmt: skip
+        return len(splits.train) / epoch.images_per_second
+
+    return work
+
+
+def draw(path: Path, costs: dict[str, float], hardening: float) -> None:
+    """Cost per device against the number of devices, both axes logarithmic."""
+    counts = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000]
+    with mpl.rc_context({"svg.hashsalt": "keyfoundry", "svg.fonttype": "none"}):
+        figure = Figure(figsize=(6, 3.6), layout="constrained")
+        axes = figure.subplots()
+        for name, cost in costs.items():
+            shared = 0.0 if name == PLAIN else hardening
+            axes.plot(counts, [cost + shared / count for count in counts], marker="o", markersize=3, label=name)
+        axes.axhline(1.5, color="grey", linewidth=0.8, linestyle=":", label="1.5 plain devices")
+        axes.set(xscale="log", yscale="log", xlabel="devices in the fleet", ylabel="cost per device, plain LoRA = 1")
+        axes.legend(frameon=False)
+        figure.savefig(path, metadata={"Date": None})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print, record, draw."""
+    made = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    made.add_argument("--rounds", type=int, default=5)
+    made.add_argument("--threads", type=int, default=torch.get_num_threads(), help="compute threads")
+    made.add_argument("--json", type=Path, help="write everything measured to this file")
+    made.add_argument("--batches", type=int, default=8, help="batches in a round's training")
+    made.add_argument("--batch-size", type=int, default=64)
+    made.add_argument(
+        "--epoch-images", type=int, default=55_000, help="images that a device is trained on, for --figure"
+    )
+    made.add_argument("--hardening", type=float, help="seconds that the hardened base took, for --figure")
+    made.add_argument("--figure", type=Path, help="draw the cost per device to this SVG file")
+    asked = made.parse_args(arguments)
+    torch.set_num_threads(asked.threads)
+    fleets = {f"preset {name}": parse(FleetSettings, read_preset(name), name) for name in presets()}
+    architecture = read_base(fleets[PLAIN].base).architecture
+    splits = load_splits(DataSettings(), architecture.contract, Path(), Progress(quiet=True))
+    few = Splits(
+        splits.name, splits.train.take(asked.batches * asked.batch_size), splits.validation.take(64), splits.test,
+        splits.labels,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        cases: dict[str, Callable[[], Any]] = {}
+        for name, fleet in fleets.items():
+            base = load_base(fleet.base, splits.labels, 0)
+            cases[name] = factory_loop(base, fleet.recipe, few, asked.batch_size, Path(folder) / name)
+            if name == PLAIN:
+                cases[LOOP] = plain_loop(device(base, fleet.recipe), few.train, asked.batch_size)
+        spent = times(cases, asked.rounds)
+    ratios: dict[str, Ratio] = {name: ratio(_walls(spent[LOOP]), _walls(spent[name])) for name in cases}
+    costs = {name: ratio(_walls(spent[name]), _walls(spent[PLAIN])) for name in fleets}
+    images = asked.batches * asked.batch_size
+    rows = [
+        [name, f"{images / min(_walls(spent[name])):.0f}", str(ratios[name]), str(costs.get(name, ""))]
+        for name in cases
+    ]  # fmt: skip
+    sys.stdout.write(
+        table(["training", "images/s, best round", "speed ÷ plain loop", "cost ÷ preset plain"], rows) + "\n"
+    )
+    results = {"spent": spent, "speed": ratios, "cost": costs}
+    write_record(asked.json, "fine_tuning", asked, results)
+    if asked.figure is not None and asked.hardening is not None:
+        device_seconds = asked.epoch_images / images * min(_walls(spent[PLAIN]))
+        draw(asked.figure, {name: cost.median for name, cost in costs.items()}, asked.hardening / device_seconds)
+    return 0
+
+
+def times(cases: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[Spent]]:
+    """Every case once in each round, after one that is not counted; the factory's own count of its steps' seconds."""
+    spent: dict[str, list[Spent]] = {name: [] for name in cases}
+    for index in range(rounds + 1):
+        for name in list(cases) if index % 2 == 0 else reversed(list(cases)):
+            wall, cpu = time.perf_counter(), time.process_time()
+            own = cases[name]()
+            took = Spent(own if own is not None else time.perf_counter() - wall, time.process_time() - cpu)
+            if index:
+                spent[name].append(took)
+    return spent
+
+
+def _walls(spent: list[Spent]) -> list[float]:
+    return [one.wall for one in spent]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
