@@ -114,8 +114,7 @@ def build_network(architecture: Architecture, *, pretrained: bool = False, seed:
         close = ", ".join(difflib.get_close_matches(architecture.name, timm.list_models()))
         raise InputError(
             f"Base {architecture.name!r} is neither {' nor '.join(map(repr, EMBEDDED))}, nor a checkpoint file, nor a "
-            "model timm knows"
-            + (f" (close to it: {close})." if close else f", nor one of {', '.join(OWN_NETWORKS)}.")
+            "model timm knows" + (f" (close to it: {close})." if close else f", nor one of {', '.join(OWN_NETWORKS)}.")
         )
     torch.manual_seed(derive_seed(seed, "initial weights"))
     try:

@@ -134,7 +134,8 @@ def make_device_model(
         history, learned = _fine_tune(classifier, base, recipe, splits, decoys, name, made_from, seed, folder, progress)
         save_adapter(network, adapter, learned)
         values: dict[str, Any] = {
-            "made_from": made_from, "adapter_digest": adapter_digest(adapter), "seed": seed,
+            "made_from": made_from, "shared": _shared_digest(base, recipe, splits),
+            "adapter_digest": adapter_digest(adapter), "seed": seed,
             "trainable_parameters": trainable_parameters(network), "history": [asdict(epoch) for epoch in history],
             "created": utc_text(datetime.now(UTC)),
         }  # fmt: skip
@@ -196,6 +197,26 @@ def _fine_tune(
 def _fingerprint(base: Base, recipe: RecipeSettings, splits: Splits, identity: Sequence[str | int], seed: int) -> str:
     trained_by = recipe.model_copy(update={"purifier": None})  # which is asked for later, and changes no weight
     parts = [base.digest, trained_by.model_dump(mode="json"), splits.digest, list(identity), seed]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def made_of_something_else(folder: Path, base: Base, recipe: RecipeSettings, splits: Splits) -> bool:
+    """Whether a finished model in ``folder`` was made from another base, other data or by another recipe.
+
+    A model that is not there, is not finished, or has a damaged record was not made of anything.
+    """
+    expected = _shared_digest(base, recipe, splits)
+    for record in (folder / "model.json", *folder.glob("key-*/model.json")):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            if json.loads(record.read_text()).get("shared", expected) != expected:
+                return True
+    return False
+
+
+def _shared_digest(base: Base, recipe: RecipeSettings, splits: Splits) -> str:
+    """Of what all devices of a fleet are made from, but for the number of keys: an ensemble's members have one each."""
+    trained_by = recipe.model_copy(update={"purifier": None, "keys": None})
+    parts = [base.digest, trained_by.model_dump(mode="json"), splits.digest]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -29,7 +29,14 @@ from factory.attackers import BASE, who_attacks
 from factory.base import load_base, read_base
 from factory.classifier import ImageClassifier
 from factory.data import load_splits
-from factory.device_model import DeviceModel, block_size, check_parts, make_device_model, public_model
+from factory.device_model import (
+    DeviceModel,
+    block_size,
+    check_parts,
+    made_of_something_else,
+    make_device_model,
+    public_model,
+)
 from factory.estimate import estimate
 from factory.examination import examine
 from factory.fleet import Candidate, Findings, Fleet, Verdict
@@ -120,6 +127,16 @@ def open_fleet(
     for device_id in settings.device_ids:
         vault.add_device(device_id)
     write_public_key(folder.public_key, vault.signing_key().public_bytes)
+    changed = [
+        device_id
+        for device_id in settings.device_ids
+        if made_of_something_else(folder.model(device_id), base, settings.recipe, splits)
+    ]
+    if changed:
+        progress.say(
+            f"Warning: made from another base, other data or by another recipe than the fleet's now: "
+            f"{', '.join(changed)}. They must be remade, and are; what was released of them is to be replaced."
+        )
     progress.say(f"Fleet {vault.fleet_id}: secrets lie in {folder.vault.parent} (keep them off the devices).")
     return Fleet(folder, settings, vault, base, splits, progress)
 

@@ -9,10 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from factory.adaptation import adapt
 from factory.base import Base
 from factory.data import Splits
-from factory.device_model import DeviceModel, block_size, keyed_transform, make_device_model
+from factory.device_model import (
+    DeviceModel,
+    block_size,
+    keyed_transform,
+    made_of_something_else,
+    make_device_model,
+)
 from factory.progress import Progress
+from factory.recipes.key_ensemble import KeyEnsemblePart
 from factory.recipes.recipe import RecipeSettings
 from keys.derive import DeviceKey, fixed_guess
 from keys.errors import InputError
@@ -75,6 +83,26 @@ def test_a_model_says_how_it_was_made(tiny_base: Base, few: Splits, tmp_path: Pa
     assert record["trainable_parameters"] == model.trainable_parameters
     assert record["adapter_digest"] == model.adapter_digest
     assert len(record["history"]) == len(model.history) == 1
+
+
+def test_a_model_of_another_base_other_data_or_another_recipe_is_known(
+    tiny_base: Base, few: Splits, tmp_path: Path
+) -> None:
+    assert not made_of_something_else(tmp_path / "none", tiny_base, RECIPE, few)
+    for name, recipe in (("one", RECIPE), ("two", RECIPE.model_copy(update={"keys": KeyEnsemblePart()}))):
+        folder = tmp_path / name
+        make(tiny_base, few, folder, key=fixed_guess("a"), recipe=recipe, seed=3)
+        assert not made_of_something_else(folder, tiny_base, recipe, few)
+        other = Base(tiny_base.architecture, adapt(tiny_base.network, RecipeSettings(adaptation="full")))
+        with torch.no_grad():
+            next(other.network.parameters()).add_(1e-3)
+        fewer = Splits("fewer", few.train.take(150), few.validation, few.test, few.labels)
+        assert made_of_something_else(folder, other, recipe, few)
+        assert made_of_something_else(folder, tiny_base, recipe, fewer)
+        assert made_of_something_else(folder, tiny_base, recipe.model_copy(update={"rank": 3}), few)
+        # A rotated key makes another model, of the same things.
+        make(tiny_base, few, folder, key=fixed_guess("b"), recipe=recipe, identity=("fleet", "a", 2))
+        assert not made_of_something_else(folder, tiny_base, recipe, few)
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])

@@ -226,6 +226,19 @@ def test_a_rotated_device_and_a_new_one_are_made_and_no_other(fleet_copy: Path, 
     assert all(is_released(fleet_copy, device) for device in after)
 
 
+def test_devices_that_were_made_of_something_else_are_named(fleet_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = fleet_copy / "work" / "models" / "device-2" / "model.json"
+    values = json.loads(record.read_text())
+    record.write_text(json.dumps(values | {"shared": "0" * 64}))
+    said: list[str] = []
+    folder, progress = FleetFolder(fleet_copy), Progress(quiet=True)
+    monkeypatch.setattr(progress, "say", said.append)
+    with folder.locked():
+        open_fleet(folder, folder.stored_settings(), progress)
+    (warning,) = [words for words in said if "made from another base" in words]
+    assert "fleet's now: device-2. They must be remade" in warning
+
+
 def test_quantised_formats_are_made_and_judged_by_themselves(fleet_copy: Path) -> None:
     settings = FleetFolder(fleet_copy).stored_settings()
     names = (*settings.export.formats, "onnx-int8", "onnx-int8-static", "coreml-int8")
