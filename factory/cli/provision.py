@@ -54,6 +54,7 @@ def provision_command(
     \b
     Examples:
       keyfoundry provision
+      keyfoundry provision --preset plain --out plain
       keyfoundry provision --devices camera-1,camera-2 --out cameras
       keyfoundry provision --data '' --data-root ../shared/data/cifar10 --base cifar.safetensors --out cifar
       keyfoundry provision --config fleet.toml --json
