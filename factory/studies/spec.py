@@ -67,6 +67,9 @@ class ArmSettings(Section):
     )
     models: int = Field(default=3, ge=2, description="each is a target, and a guessed key to all the others")
     images: int | None = Field(default=None, ge=1, description="test images that are attacked; default: the study's")
+    autoattack_images: int | None = Field(
+        default=None, ge=2, description="table1: of them, those that AutoAttack gets in L∞; default: the study's"
+    )
     in_depth: bool = Field(default=False, description="also the norms and ensembles that the screened arms go without")
 
     @property

@@ -136,8 +136,10 @@ def autoattack(spec: Table1Spec, perturbation: Perturbation) -> AutoAttack:
     return AutoAttack(targets=spec.autoattack_targets, queries=spec.autoattack_queries, norm=perturbation.norm)
 
 
-def _autoattacked(spec: Table1Spec, battery: Battery) -> int:
-    return spec.autoattack_l2_images if battery.perturbation.norm is Norm.L2 else spec.autoattack_images
+def _autoattacked(spec: Table1Spec, battery: Battery, arm: ArmSettings | None = None) -> int:
+    if battery.perturbation.norm is Norm.L2:
+        return spec.autoattack_l2_images
+    return (arm and arm.autoattack_images) or spec.autoattack_images
 
 
 def transfer_attacks(spec: Table1Spec) -> tuple[Attack, ...]:
@@ -154,7 +156,7 @@ def _row(
     judged: dict[Battery, list[TargetJudgement]] = {}
     for battery in (strict, second if arm.in_depth else None):
         if battery is not None:
-            few = bench.images(arm, _autoattacked(spec, battery))
+            few = bench.images(arm, _autoattacked(spec, battery, arm))
             attacks = (autoattack(spec, battery.perturbation),)
             sources = [bench.base_source(), *bench.other_keys(members, 1)]
             made = [bench.attack(source, attacks, battery.perturbation, few) for source in sources]
