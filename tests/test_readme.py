@@ -88,7 +88,7 @@ def test_the_quickstarts_report_is_measured_whole_and_says_what_its_control_mean
     jsonschema.validate(report, json.loads(SCHEMA_PATH.read_text()))
     targets = {target["id"]: target for target in report["targets"]}
     assert set(targets) == {"device-1", "device-2", "device-3", "un-keyed"}
-    # Where the same recipe without a key would be released too, a release says nothing about the key: the report says so.
+    # Where the recipe without a key would be released too, a release says nothing about the key: the report says so.
     page = (quickstart[0] / "report.html").read_text()
     assert ("say nothing about the keys" in page) == targets["un-keyed"]["decision"]["released"]
     assert max(target["worst_case"]["value"] for target in targets.values()) < 0.2
