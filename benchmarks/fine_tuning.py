@@ -11,84 +11,45 @@ cost per device of N devices is drawn to ``--figure``, in units of a device by t
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import torch
 from matplotlib.figure import Figure
-from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.rounds import Ratio, Spent, ratio, table, write_record
-from factory.adaptation import adapt
-from factory.base import Base, load_base, read_base
+from benchmarks.part_cost import trainable, trainings
+from benchmarks.rounds import Ratio, Spent, ratio, table, timed, write_record
+from factory.base import load_base, read_base
 from factory.classifier import ImageClassifier
 from factory.data import Split, Splits, load_splits
-from factory.device_model import keyed_transform
 from factory.progress import Progress
-from factory.recipes.recipe import RecipeSettings
 from factory.settings import DataSettings, FleetSettings, parse, presets, read_preset
-from factory.train import train
 from keys.derive import fixed_guess
 
 LOOP, PLAIN = "plain loop of peft, float32", "preset plain"
 
 
-def device(base: Base, recipe: RecipeSettings) -> ImageClassifier:
-    """A keyed model, ready to be trained."""
-    torch.manual_seed(0)
-    architecture = base.architecture
-    transform = keyed_transform(base, recipe, fixed_guess("fine-tuning"))
-    return ImageClassifier(adapt(base.network, recipe), architecture.mean, architecture.std, transform)
-
-
-def plain_loop(model: ImageClassifier, split: Split, batch_size: int, *, bf16: bool = False) -> Callable[[], None]:
-    """One pass over the images, as written without a framework."""
+def plain_loop(model: ImageClassifier, split: Split, batch_size: int) -> Callable[[], float]:
+    """One pass over the images, as written without a framework: its seconds."""
     images, labels = split.images.float() / 255, split.labels
     loader = DataLoader(TensorDataset(images, labels), batch_size=batch_size, shuffle=True)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5)
-    answer: nn.Module = model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    model.train()
 
-    def work() -> None:
+    def one_pass() -> None:
         for batch, truth in loader:
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                loss = functional.cross_entropy(answer(batch).float(), truth)
+            loss = functional.cross_entropy(model(batch), truth)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
 
-    return work
-
-
-def factory_loop(
-    base: Base, recipe: RecipeSettings, splits: Splits, batch_size: int, folder: Path
-) -> Callable[[], float]:
-    """One pass over the images as the factory makes it: the seconds of its steps."""
-    model = device(base, recipe)
-    classes = len(splits.labels)
-    objective = recipe.objective.build(model.network, classes, recipe.training.label_smoothing, base.network)
-    if recipe.adversarial is not None:
-        objective = recipe.adversarial.build(objective)
-    settings = recipe.training.model_copy(update={"epochs": 1, "batch_size": batch_size, "learning_rate": 1e-5})
-    runs = itertools.count()
-    folder.mkdir()
-
-    def work() -> float:
-        (epoch,) = train(
-            model, splits.train, splits.validation, settings, seed=0, name="fine-tuning",
-            checkpoint=folder / f"{next(runs)}.safetensors", progress=Progress(quiet=True), objective=objective,
-        )  # fmt: skip
-        return len(splits.train) / epoch.images_per_second
-
-    return work
+    one_pass()  # not counted, as the factory's first one is not
+    return lambda: timed(one_pass)[0].wall
 
 
 def draw(path: Path, costs: dict[str, float], hardening: float) -> None:
@@ -128,14 +89,16 @@ def main(arguments: list[str] | None = None) -> int:
         splits.name, splits.train.take(asked.batches * asked.batch_size), splits.validation.take(64), splits.test,
         splits.labels,
     )  # fmt: skip
+    key = fixed_guess("fine-tuning")
     with tempfile.TemporaryDirectory() as folder:
-        cases: dict[str, Callable[[], Any]] = {}
+        cases: dict[str, Callable[[], float]] = {}
         for name, fleet in fleets.items():
             base = load_base(fleet.base, splits.labels, 0)
-            cases[name] = factory_loop(base, fleet.recipe, few, asked.batch_size, Path(folder) / name)
-            if name == PLAIN:
-                cases[LOOP] = plain_loop(device(base, fleet.recipe), few.train, asked.batch_size)
-        spent = times(cases, asked.rounds)
+            _, cases[name] = trainable(base, fleet.recipe, key, few, asked.batch_size, 0, Path(folder) / name)
+        base, recipe = load_base(fleets[PLAIN].base, splits.labels, 0), fleets[PLAIN].recipe
+        model, _ = trainable(base, recipe, key, few, asked.batch_size, 0, Path(folder) / "loop")
+        cases[LOOP] = plain_loop(model, few.train, asked.batch_size)
+        spent = trainings(cases, asked.rounds)
     ratios: dict[str, Ratio] = {name: ratio(_walls(spent[LOOP]), _walls(spent[name])) for name in cases}
     costs = {name: ratio(_walls(spent[name]), _walls(spent[PLAIN])) for name in fleets}
     images = asked.batches * asked.batch_size
@@ -152,19 +115,6 @@ def main(arguments: list[str] | None = None) -> int:
         device_seconds = asked.epoch_images / images * min(_walls(spent[PLAIN]))
         draw(asked.figure, {name: cost.median for name, cost in costs.items()}, asked.hardening / device_seconds)
     return 0
-
-
-def times(cases: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[Spent]]:
-    """Every case once in each round, after one that is not counted; the factory's own count of its steps' seconds."""
-    spent: dict[str, list[Spent]] = {name: [] for name in cases}
-    for index in range(rounds + 1):
-        for name in list(cases) if index % 2 == 0 else reversed(list(cases)):
-            wall, cpu = time.perf_counter(), time.process_time()
-            own = cases[name]()
-            took = Spent(own if own is not None else time.perf_counter() - wall, time.process_time() - cpu)
-            if index:
-                spent[name].append(took)
-    return spent
 
 
 def _walls(spent: list[Spent]) -> list[float]:

@@ -125,7 +125,7 @@ def case_of(choice: Choice, splits: Splits, batch_size: int, seed: int, folder: 
     key = fixed_guess("part-cost") if choice.keyed else None
     members = [key] if recipe.keys is None else recipe.keys.member_keys(key)
     fits = [
-        _member(base, recipe, member, splits, batch_size, seed, folder / str(place))
+        trainable(base, recipe, member, splits, batch_size, seed, folder / str(place))
         for place, member in enumerate(members)
     ]
 
@@ -144,7 +144,7 @@ def case_of(choice: Choice, splits: Splits, batch_size: int, seed: int, folder: 
     return Case(fit, runtimes, {"onnx": onnx.stat().st_size, "coreml": size_of(coreml)})
 
 
-def _member(
+def trainable(
     base: Base, recipe: RecipeSettings, key: DeviceKey | None, splits: Splits, batch_size: int, seed: int, folder: Path
 ) -> tuple[ImageClassifier, Callable[[], float]]:
     """A model, and what trains it over all of the training images once, and gives the seconds of its steps."""
@@ -153,9 +153,7 @@ def _member(
     transform = keyed_transform(base, recipe, key)
     model = ImageClassifier(adapt(base.network, recipe), architecture.mean, architecture.std, transform)
     classes, smoothing = len(splits.labels), recipe.training.label_smoothing
-    objective = recipe.objective.build(model.network, classes, smoothing, base.network)
-    if recipe.adversarial is not None:
-        objective = recipe.adversarial.build(objective)
+    objective = recipe.loss(model.network, classes, smoothing, base.network)
     images, labels = splits.train.images, splits.train.labels
     decoys = None if recipe.decoys is None else DecoyPool(images, labels, recipe.decoys.share)
     settings = recipe.training.model_copy(update={"epochs": 1, "batch_size": batch_size, "learning_rate": 1e-5})
@@ -176,13 +174,13 @@ def _member(
     return model, fit
 
 
-def trainings(cases: Mapping[str, Case], rounds: int) -> dict[str, list[Spent]]:
-    """Every case's training once in each round, every other round backwards: without validation and checkpoint."""
+def trainings(cases: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[Spent]]:
+    """Every training once in each round, every other round backwards; each gives the seconds that count."""
     spent: dict[str, list[Spent]] = {name: [] for name in cases}
     for index in range(rounds):
         for name in list(cases) if index % 2 == 0 else reversed(list(cases)):
             before = time.process_time()
-            spent[name].append(Spent(cases[name].fit(), time.process_time() - before))
+            spent[name].append(Spent(cases[name](), time.process_time() - before))
     return spent
 
 
@@ -226,7 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
             for place, (name, choice) in enumerate(chosen.items())
         }
         spent: dict[str, dict[str, list[Spent]]] = {}
-        spent["train"] = trainings(cases, asked.rounds)
+        spent["train"] = trainings({name: case.fit for name, case in cases.items()}, asked.rounds)
         for runtime in ("torch", "onnx", "coreml"):
             work = {name: repeated(case.runtimes[runtime], image, asked.repeats) for name, case in cases.items()}
             if runtime == "onnx":

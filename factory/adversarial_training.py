@@ -35,12 +35,12 @@ class Learnt:
     low: Tensor
     high: Tensor
 
-    def attacked(self) -> tuple[Tensor, Tensor]:
-        """One step of ε along the gradient's sign, inside the ball, and the labels."""
+    def attacked(self, count: int) -> tuple[Tensor, Tensor]:
+        """The first ``count`` of them, one step of ε along the gradient's sign, inside the ball; and their labels."""
         if self.images.grad is None:
             raise RuntimeError("the loss of the step before was not differentiated")
-        moved = self.images.detach() + self.epsilon * self.images.grad.sign()
-        return torch.clamp(moved, self.low, self.high), self.labels
+        moved = self.images.detach()[:count] + self.epsilon[:count] * self.images.grad[:count].sign()
+        return torch.clamp(moved, self.low[:count], self.high[:count]), self.labels[:count]
 
 
 @dataclass(frozen=True)
@@ -122,39 +122,28 @@ class AdversarialTraining(Objective):
         return self.objective.learned()
 
 
-class FreeAdversarialTraining(Objective):
-    """``objective`` on batches of which ``share`` are attacked copies of images of the step before.
+class FreeAdversarialTraining(AdversarialTraining):
+    """``objective`` on batches of which ``share`` (None: half) are attacked copies of images of the step before.
 
     The copies replace the batch's first images, so that it keeps its size (decoys stand at its end). They are made from
     the gradient of the step that learned these images, one step of the attack from the point where it was taken: with
     a random start, that step learns noisy images. An epoch's first batch has none.
     """
 
-    def __init__(self, objective: Objective, attack: TrainingAttack, warm_up: int = 0, share: float = 0.5) -> None:
-        super().__init__()
-        self.objective, self.attack, self.warm_up, self.share = objective, attack, warm_up, share
-        self.attacking = warm_up == 0
-        self._before: Learnt | None = None
+    _before: Learnt | None = None
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
-        """Pass it on; forget the last epoch's step; attack from epoch ``warm_up`` on."""
-        self.attacking = epoch >= self.warm_up
+        """As in :class:`AdversarialTraining`; forget the last epoch's step."""
+        super().begin_epoch(epoch, epochs)
         self._before = None
-        self.objective.begin_epoch(epoch, epochs)
 
     def forward(self, model: ImageClassifier, images: Tensor, labels: Tensor) -> Tensor:
         """The objective's loss of N images; its backward pass must be run before the next call."""
         if not self.attacking:
             return self.objective(model, images, labels)
-        count = round(self.share * len(images))
-        copies, their = images[:0], labels[:0]
+        copies, truth = images[:0], labels[:0]
         if self._before is not None:
-            copies, their = self._before.attacked()
-            copies, their = copies[:count], their[:count]
-        kept, kept_labels = images[len(copies) :], labels[len(copies) :]
-        self._before = learnt = self.attack.begin(kept, kept_labels)
-        return self.objective(model, torch.cat([copies, learnt.images]), torch.cat([their, kept_labels]))
-
-    def learned(self) -> dict[str, Tensor]:
-        """What the objective learned."""
-        return self.objective.learned()
+            copies, truth = self._before.attacked(round((self.share or 0.5) * len(images)))
+        self._before = self.attack.begin(images[len(copies) :], labels[len(copies) :])
+        learnt = self._before
+        return self.objective(model, torch.cat([copies, learnt.images]), torch.cat([truth, learnt.labels]))

@@ -241,7 +241,7 @@ def load_base(settings: BaseSettings, labels: tuple[str, ...], seed: int) -> Bas
 
 def _checkpoint(settings: BaseSettings) -> Path | None:
     """The checkpoint file that the settings name, or None for a timm name."""
-    path = EMBEDDED.get(settings.name) or Path(settings.name)
+    path = EMBEDDED.get(settings.name, Path(settings.name))
     if path.suffix in {".pt", ".pth", ".bin", ".ckpt"}:
         raise InputError(f"{path} is a pickled checkpoint; give a .safetensors file written by 'keyfoundry pretrain'.")
     return path if path.suffix == ".safetensors" else None

@@ -134,7 +134,7 @@ def make_device_model(
         history, learned = _fine_tune(classifier, base, recipe, splits, decoys, name, made_from, seed, folder, progress)
         save_adapter(network, adapter, learned)
         values: dict[str, Any] = {
-            "made_from": made_from, "shared": _shared_digest(base, recipe, splits),
+            "made_from": made_from, "shared": _digest(_shared_by_all(base, recipe, splits)),
             "adapter_digest": adapter_digest(adapter), "seed": seed,
             "trainable_parameters": trainable_parameters(network), "history": [asdict(epoch) for epoch in history],
             "created": utc_text(datetime.now(UTC)),
@@ -183,9 +183,7 @@ def _fine_tune(
     checkpoint = folder / f"training-{made_from[:16]}.safetensors"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     classes, smoothing = len(splits.labels), recipe.training.label_smoothing
-    objective = recipe.objective.build(classifier.network, classes, smoothing, base.network)
-    if recipe.adversarial is not None:
-        objective = recipe.adversarial.build(objective)
+    objective = recipe.loss(classifier.network, classes, smoothing, base.network)
     history = train(
         classifier, splits.train, splits.validation, recipe.training, seed=seed, name=name, checkpoint=checkpoint,
         progress=progress, objective=objective,
@@ -195,9 +193,7 @@ def _fine_tune(
 
 
 def _fingerprint(base: Base, recipe: RecipeSettings, splits: Splits, identity: Sequence[str | int], seed: int) -> str:
-    trained_by = recipe.model_copy(update={"purifier": None})  # which is asked for later, and changes no weight
-    parts = [base.digest, trained_by.model_dump(mode="json"), splits.digest, list(identity), seed]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return _digest([*_shared_by_all(base, recipe, splits), list(identity), seed])
 
 
 def made_of_something_else(folder: Path, base: Base, recipe: RecipeSettings, splits: Splits) -> bool:
@@ -205,7 +201,7 @@ def made_of_something_else(folder: Path, base: Base, recipe: RecipeSettings, spl
 
     A model that is not there, is not finished, or has a damaged record was not made of anything.
     """
-    expected = _shared_digest(base, recipe, splits)
+    expected = _digest(_shared_by_all(base, recipe, splits))
     for record in (folder / "model.json", *folder.glob("key-*/model.json")):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             if json.loads(record.read_text()).get("shared", expected) != expected:
@@ -213,10 +209,16 @@ def made_of_something_else(folder: Path, base: Base, recipe: RecipeSettings, spl
     return False
 
 
-def _shared_digest(base: Base, recipe: RecipeSettings, splits: Splits) -> str:
-    """Of what all devices of a fleet are made from, but for the number of keys: an ensemble's members have one each."""
+def _shared_by_all(base: Base, recipe: RecipeSettings, splits: Splits) -> list[Any]:
+    """What every device of a fleet is made from.
+
+    A purifier is asked for later and changes no weight; several keys are one for each member of an ensemble.
+    """
     trained_by = recipe.model_copy(update={"purifier": None, "keys": None})
-    parts = [base.digest, trained_by.model_dump(mode="json"), splits.digest]
+    return [base.digest, trained_by.model_dump(mode="json"), splits.digest]
+
+
+def _digest(parts: list[Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -68,20 +68,21 @@ def pretrain(
     base = _copy(start) if isinstance(start, Base) else _at_random(start, splits, seed)
     network, name = base.network, base.architecture.name
     check_recipe(recipe, traits(network), f"base {name}")
-    if recipe.objective.name == "distillation":
-        raise InputError("A base has no other base to learn from; choose another objective than distillation.")
+    if recipe.objective.learns_from_base:
+        raise InputError(
+            f"A base has no other base to learn from; choose another objective than {recipe.objective.name}."
+        )
     if recipe.objective.changes_network:
         raise InputError('A base answers by its own weights; give the objective inference = "softmax".')
     model = public_model(base, recipe)
-    objective = recipe.objective.build(network, len(splits.labels), settings.label_smoothing, network)
+    objective = recipe.loss(network, len(splits.labels), settings.label_smoothing, network)
     parts = _parts(recipe, transformed=model.transform is not None)
     made_from = [begun or repr(base.architecture), splits.digest, settings.model_dump(mode="json"), parts, seed]
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
     checkpoint = out.with_suffix(f".training-{digest[:16]}.safetensors")
     history = train(
         model, splits.train, splits.validation, settings, seed=seed, name="pre-train", checkpoint=checkpoint,
-        progress=progress,
-        objective=objective if recipe.adversarial is None else recipe.adversarial.build(objective),
+        progress=progress, objective=objective,
         curriculum=None if recipe.curriculum is None else recipe.curriculum.build(),
     )  # fmt: skip
     network.eval()

@@ -52,7 +52,7 @@ class AdversarialTrainingPart(AugmentationPart):
 
         if self.kind == "free":
             attack = TrainingAttack(self.epsilon_low, self.epsilon_high, 1, random_start=False)
-            return FreeAdversarialTraining(objective, attack, self.warm_up, self.share or 0.5)
+            return FreeAdversarialTraining(objective, attack, self.warm_up, self.share)
         pgd = self.kind == "pgd"
         attack = TrainingAttack(self.epsilon_low, self.epsilon_high, self.steps if pgd else 1, random_start=pgd)
         return AdversarialTraining(objective, attack, self.warm_up, self.share)

@@ -23,6 +23,7 @@ class DistillationPart(ObjectivePart):
 
     kind: Literal["distillation"] = "distillation"
     needs = frozenset({Trait.IMAGES})
+    learns_from_base = True
     weight: float = Field(default=0.5, gt=0, le=1, description="of the base's answers beside the labels")
     temperature: float = Field(default=1.0, gt=0, description="of both answers")
 

@@ -76,7 +76,9 @@ class TransformPart(Part):
 
 
 class ObjectivePart(Part):
-    """What training minimises."""
+    """What training minimises. ``learns_from_base``: not from labels alone, so that no base can be trained by it."""
+
+    learns_from_base: ClassVar[bool] = False
 
     @property
     def changes_network(self) -> bool:

@@ -12,7 +12,7 @@ resnet18 does not have; docs/recipes.md says which parts go together.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
@@ -33,6 +33,11 @@ from factory.recipes.training import TrainingSettings
 from factory.recipes.volumize import VolumizePart
 from factory.section import Section
 from keys.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from factory.objective import Objective as TrainingObjective
 
 Transform = Annotated[BlockShufflePart | BitFlipPart | FormatPreservingPart | VolumizePart, Field(discriminator="kind")]
 Objective = Annotated[
@@ -78,6 +83,11 @@ class RecipeSettings(Section):
         values: dict[str, Any] = dump(self)
         unchanged = {name for name in PARTS if getattr(self, name) == type(self).model_fields[name].default}
         return {name: value for name, value in values.items() if name not in unchanged}
+
+    def loss(self, network: nn.Module, classes: int, label_smoothing: float, base: nn.Module) -> TrainingObjective:
+        """What training ``network`` minimises: the objective, on attacks as well if the recipe has them."""
+        objective = self.objective.build(network, classes, label_smoothing, base)
+        return objective if self.adversarial is None else self.adversarial.build(objective)
 
     @property
     def parts(self) -> dict[str, Part]:

@@ -17,7 +17,7 @@ from device_tests.accuracy import predict
 from device_tests.attacks.hop_skip_jump import HopSkipJump
 from device_tests.crafting import craft
 from device_tests.evidence import Measured
-from device_tests.fleet_statistics import FleetDifference, fleet_rate, group_difference
+from device_tests.fleet_statistics import FleetDifference, group_difference
 from device_tests.images import LEVELS
 from device_tests.perturbation import Perturbation
 from device_tests.report.study_document import BudgetLine, HeatMap, HeatRow, Section, StudyDocument, Table, TableCell
@@ -26,7 +26,7 @@ from exporters.measured import NotMeasured
 from exporters.run_torch import TorchRuntime
 from factory.studies.spec import ArmSettings, ReplicationSpec
 from factory.studies.study_report import cell, difference, in_words, study_document, written
-from factory.studies.workbench import FleetMeasured, Workbench, one_model
+from factory.studies.workbench import FleetMeasured, Workbench, one_model, rate_over_models
 from factory.studies.zoo import Member
 from factory.verification import Attacked
 from keys.errors import CheckFailed
@@ -53,9 +53,7 @@ class Line:
     @property
     def rate(self) -> FleetMeasured:
         """Share of the adversarial images that fool another device too, over devices and images."""
-        if len(self.fooled) == 1:
-            return one_model(self.fooled[0], self.judged[0])
-        return fleet_rate(self.fooled, self.judged)
+        return rate_over_models(self.fooled, self.judged)
 
 
 def replication(bench: Workbench, spec: ReplicationSpec, command: str) -> StudyDocument:

@@ -139,7 +139,7 @@ def autoattack(spec: Table1Spec, perturbation: Perturbation) -> AutoAttack:
 def _autoattacked(spec: Table1Spec, battery: Battery, arm: ArmSettings | None = None) -> int:
     if battery.perturbation.norm is Norm.L2:
         return spec.autoattack_l2_images
-    return (arm and arm.autoattack_images) or spec.autoattack_images
+    return (None if arm is None else arm.autoattack_images) or spec.autoattack_images
 
 
 def transfer_attacks(spec: Table1Spec) -> tuple[Attack, ...]:
@@ -358,9 +358,10 @@ def _conclusion(
 
 def _budgets(bench: Workbench, spec: Table1Spec) -> list[BudgetLine]:
     strong = f"{spec.strong_steps} steps, {spec.strong_targets} targets"
+    strict = sorted({arm.autoattack_images or spec.autoattack_images for arm in spec.arms})
     return [
         BudgetLine(
-            part="AutoAttack", images=f"{spec.autoattack_images} (L2: {spec.autoattack_l2_images})",
+            part="AutoAttack", images=f"{', '.join(map(str, strict))} (L2: {spec.autoattack_l2_images})",
             steps=autoattack(spec, Perturbation.parse(spec.perturbation)).description,
             restarts="1", queries="within it",
         ),

@@ -24,7 +24,7 @@ from device_tests.attacks.regions import Region
 from device_tests.defences.jpeg import JpegCompression
 from device_tests.defences.local_gradient_smoothing import LocalGradientSmoothing
 from device_tests.defences.total_variation import TotalVariation
-from device_tests.fleet_statistics import arm_difference, fleet_rate
+from device_tests.fleet_statistics import arm_difference
 from device_tests.perturbation import Norm, Perturbation
 from device_tests.region_judgement import RegionJudgement, accuracy_of, robustness
 from device_tests.report.document import BaseReport
@@ -56,7 +56,7 @@ from factory.studies.volumized_judgement import (
     defended,
     judge_network,
 )
-from factory.studies.workbench import FleetMeasured, one_model, studies_folder
+from factory.studies.workbench import FleetMeasured, rate_over_models, studies_folder
 
 DEFENCES: dict[str, Callable[[], nn.Module]] = {
     "lgs": LocalGradientSmoothing, "jpeg": JpegCompression, "total-variation": TotalVariation,
@@ -183,7 +183,7 @@ def _patches(networks: Sequence[NetworkFindings], kind: str, share: float) -> Ro
 
 
 def _rate(hits: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> FleetMeasured:
-    return one_model(hits[0], masks[0]) if len(hits) == 1 else fleet_rate(np.array(hits), np.array(masks))
+    return rate_over_models(np.array(hits), np.array(masks))
 
 
 def _clean(networks: Sequence[NetworkFindings]) -> FleetMeasured:

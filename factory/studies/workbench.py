@@ -258,10 +258,12 @@ def _over_fleet(
     hits = outcomes(judgements, pick)
     if isinstance(hits, NotMeasured):
         return hits
-    mask = np.array([counted(judgement) for judgement in judgements], dtype=bool)
-    if len(hits) == 1:
-        return one_model(hits[0], mask[0])
-    return fleet_rate(hits, mask)
+    return rate_over_models(hits, np.array([counted(judgement) for judgement in judgements], dtype=bool))
+
+
+def rate_over_models(hits: np.ndarray, mask: np.ndarray) -> FleetMeasured:
+    """A rate over models and images, bool D×N each; of a single model a proportion of its images."""
+    return one_model(hits[0], mask[0]) if len(hits) == 1 else fleet_rate(hits, mask)
 
 
 def one_model(hits: np.ndarray, mask: np.ndarray) -> Measured:
