@@ -122,7 +122,7 @@ def test_features_are_those_of_the_network_also_behind_peft_and_no_hook_stays(ti
 
 def test_until_the_warm_up_is_over_it_is_cross_entropy(tiny_base: Base, few: Splits) -> None:
     part = PrototypeConformityPart(warm_up=1, dimension=16, auxiliary_cross_entropy=0.5)
-    objective = part.build(tiny_base.network, 10, 0.1)
+    objective = part.build(tiny_base.network, 10, 0.1, tiny_base.network)
     classifier = ImageClassifier(tiny_base.network, (0.3,), (0.3,)).eval()
     images, labels = few.test.images[:20].float() / 255, few.test.labels[:20]
     plain = nn.functional.cross_entropy(classifier(images), labels, label_smoothing=0.1)
@@ -204,7 +204,7 @@ def test_inference_by_prototypes_needs_the_last_depth() -> None:
     with pytest.raises(InputError, match="only one class"):
         PrototypeConformityPart().build(SmallCnn(), 1, 0.0, SmallCnn())
     with pytest.raises(InputError, match="no class token"):
-        PrototypeConformityPart(tokens="class").build(SmallCnn(), 10, 0.0)
+        PrototypeConformityPart(tokens="class").build(SmallCnn(), 10, 0.0, SmallCnn())
 
 
 def separation(model: ImageClassifier, split: Split) -> float:
