@@ -46,6 +46,7 @@ from exporters.parity import Parity
 from factory.device_model import block_size, keyed_transform
 from factory.fleet import Findings, Fleet, Verdict
 from factory.packaging import tool_versions
+from factory.recipes.recipe import PARTS_OF_TRAINING
 from factory.release import release_rule
 from factory.verification import AttackedSource, attacks_of, strong_budget
 from keys.derive import fixed_guess
@@ -124,19 +125,28 @@ def this_machine() -> Machine:
     )
 
 
+def recipe_in_words(fleet: Fleet, *, control: bool) -> str:
+    """What a device is made by: transform, keys, adaptation, the parts that training has beside the default, epochs."""
+    recipe = fleet.settings.recipe
+    words = ["no key" if control else recipe.transform.describe(block_size(fleet.base, recipe))]
+    if recipe.keys is not None and not control:
+        words.append(f"{recipe.keys.count} keys ({recipe.keys.combine})")
+    words.append(f"LoRA r = {recipe.rank}" if recipe.adaptation == "lora" else recipe.adaptation)
+    chosen = recipe.model_dump()
+    words += [f"{name} {recipe.parts[name].name}".strip() for name in PARTS_OF_TRAINING if name in chosen]
+    words.append(f"{recipe.training.epochs} epoch{'' if recipe.training.epochs == 1 else 's'}")
+    return ", ".join(words)
+
+
 def _target(fleet: Fleet, verdict: Verdict, base_clean: Proportion, *, control: bool) -> TargetReport:
     released = verdict.decision.released and not control
-    recipe = fleet.settings.recipe
-    keyed = "no key" if control else recipe.transform.describe(block_size(fleet.base, recipe))
-    keyed += f", {recipe.keys.count} keys ({recipe.keys.combine})" if recipe.keys and not control else ""
     queries = verdict.examination.queries
     judgements = [verdict.judgement, *([] if queries is None else [queries.judgement])]
-    adaptation = f"LoRA r = {recipe.rank}" if recipe.adaptation == "lora" else recipe.adaptation
     return TargetReport(
         id=verdict.candidate.name,
         role="control" if control else "device",
         generation=verdict.candidate.generation,
-        recipe=f"{keyed}, {adaptation}, {recipe.training.epochs} epoch{'' if recipe.training.epochs == 1 else 's'}",
+        recipe=recipe_in_words(fleet, control=control),
         trainable_parameters=verdict.candidate.model.trainable_parameters,
         clean=verdict.clean,
         accuracy_drop=accuracy_drop(base_clean, verdict.clean),

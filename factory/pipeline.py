@@ -127,18 +127,25 @@ def open_fleet(
     for device_id in settings.device_ids:
         vault.add_device(device_id)
     write_public_key(folder.public_key, vault.signing_key().public_bytes)
-    changed = [
-        device_id
-        for device_id in settings.device_ids
-        if made_of_something_else(folder.model(device_id), base, settings.recipe, splits)
-    ]
-    if changed:
-        progress.say(
-            f"Warning: made from another base, other data or by another recipe than the fleet's now: "
-            f"{', '.join(changed)}. They must be remade, and are; what was released of them is to be replaced."
-        )
+    fleet = Fleet(folder, settings, vault, base, splits, progress)
+    name_outdated_devices(fleet)
     progress.say(f"Fleet {vault.fleet_id}: secrets lie in {folder.vault.parent} (keep them off the devices).")
-    return Fleet(folder, settings, vault, base, splits, progress)
+    return fleet
+
+
+def name_outdated_devices(fleet: Fleet) -> None:
+    """Say which devices were made of something else than the fleet is now, and are therefore remade."""
+    base, recipe, splits = fleet.base, fleet.settings.recipe, fleet.splits
+    outdated = [
+        device_id
+        for device_id in fleet.settings.device_ids
+        if made_of_something_else(fleet.folder.model(device_id), base, recipe, splits)
+    ]
+    if outdated:
+        fleet.progress.say(
+            "Warning: made from another base, other data or by another recipe than the fleet's now: "
+            f"{', '.join(outdated)}. They must be remade, and are; what was released of them is to be replaced."
+        )
 
 
 def train_model(fleet: Fleet, name: str, key: DeviceKey | None, identity: Sequence[str | int]) -> DeviceModel:

@@ -20,7 +20,7 @@ from factory.data import Splits
 from factory.device_model import public_model
 from factory.networks import embedding_convolution, patch_embedding, traits
 from factory.progress import Progress
-from factory.recipes.recipe import RecipeSettings, check_recipe
+from factory.recipes.recipe import PARTS_OF_TRAINING, RecipeSettings, check_recipe
 from factory.recipes.training import TrainingSettings
 from factory.seeds import derive_seed
 from factory.train import Epoch, accuracy, train
@@ -127,7 +127,7 @@ def _at_random(architecture: Architecture, splits: Splits, seed: int) -> Base:
 
 def _parts(recipe: RecipeSettings, *, transformed: bool) -> dict[str, Any]:
     """The parts that a base is trained by, where not as by default; keyed transforms do nothing without a key."""
-    names = {"objective", "adversarial", "curriculum"} | ({"transform"} if transformed else set())
+    names = set(PARTS_OF_TRAINING) | ({"transform"} if transformed else set())
     return {name: value for name, value in recipe.model_dump(mode="json").items() if name in names}
 
 

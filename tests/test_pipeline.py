@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from device_tests.validate import ONNXRUNTIME, validate
 from exporters.package import inspect_package, open_package
 from factory.fleet import Findings
 from factory.fleet_folder import FleetFolder, to_toml
+from factory.fleet_report import recipe_in_words
 from factory.pipeline import open_fleet, provision
 from factory.progress import Progress
+from factory.recipes.recipe import RecipeSettings
 from factory.registry import Registry
 from factory.settings import FleetSettings
 from keys.errors import PackageError
@@ -237,6 +240,26 @@ def test_devices_that_were_made_of_something_else_are_named(fleet_copy: Path, mo
         open_fleet(folder, folder.stored_settings(), progress)
     (warning,) = [words for words in said if "made from another base" in words]
     assert "fleet's now: device-2. They must be remade" in warning
+
+
+def test_a_report_says_all_that_a_device_was_trained_by(fleet_copy: Path) -> None:
+    folder = FleetFolder(fleet_copy)
+    with folder.locked():
+        fleet = open_fleet(folder, folder.stored_settings(), Progress(quiet=True))
+    said = [
+        target.recipe
+        for target in ReportDocument.model_validate_json((fleet_copy / "report.json").read_bytes()).targets
+    ]
+    assert [recipe_in_words(fleet, control=control) for control in (False, False, True)] == said
+    parts = {
+        "rank": 3, "training": {"epochs": 2}, "keys": {"count": 2}, "objective": {"kind": "distillation"},
+        "adversarial": {"kind": "free"}, "decoys": {"keys": 1},
+    }  # fmt: skip
+    recipe = RecipeSettings.model_validate(parts)
+    other = replace(fleet, settings=fleet.settings.model_copy(update={"recipe": recipe}))
+    training = "LoRA r = 3, objective distillation, adversarial free, decoys, 2 epochs"
+    assert recipe_in_words(other, control=False) == f"block shuffle M = 7, 2 keys (average), {training}"
+    assert recipe_in_words(other, control=True) == f"no key, {training}"
 
 
 def test_quantised_formats_are_made_and_judged_by_themselves(fleet_copy: Path) -> None:

@@ -55,6 +55,10 @@ PARTS = ("transform", "objective", "adversarial", "curriculum", "decoys", "keys"
 """The settings that choose a part."""
 
 
+PARTS_OF_TRAINING = ("objective", "adversarial", "curriculum", "decoys")
+"""Of these, the parts that say what a network is trained on, and what for."""
+
+
 class RecipeSettings(Section):
     """How a device model is made from the base and a key."""
 
