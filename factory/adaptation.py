@@ -51,7 +51,7 @@ def adapt(network: nn.Module, recipe: RecipeSettings) -> nn.Module:
             LoraConfig(
                 r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout,  # type: ignore[arg-type]
                 target_modules=_targets(network, embedding, recipe),
-                modules_to_save=[*heads(network), *([embedding] if recipe.reinitialise_patch_embedding else [])],
+                modules_to_save=[*heads(network), *([embedding] if recipe.whole_patch_embedding else [])],
             ),
         )  # fmt: skip
     trained = tuple(f"{name}." for name in (embedding, *heads(network)))
@@ -61,8 +61,8 @@ def adapt(network: nn.Module, recipe: RecipeSettings) -> nn.Module:
 
 
 def _targets(vit: KeyedVit, embedding: str, recipe: RecipeSettings) -> str:
-    """The pattern of the layers that get LoRA: attention projections, and the patch embedding unless it is new."""
-    layers = [] if recipe.reinitialise_patch_embedding else [re.escape(embedding)]
+    """The pattern of the layers that get LoRA: attention projections, and a patch embedding not trained whole."""
+    layers = [] if recipe.whole_patch_embedding else [re.escape(embedding)]
     layers += [rf"attn\.{name}" for name in attention_projections(vit)]
     return r"(.*\.)?" + (layers[0] if len(layers) == 1 else f"({'|'.join(layers)})")
 

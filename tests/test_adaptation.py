@@ -64,6 +64,22 @@ def test_rank_alpha_and_dropout_are_settings(tiny_base: Base) -> None:
     assert trainable_parameters(model) == 3 * (49 + 48) + 2 * 3 * (48 + 3 * 48) + 10 * 49
 
 
+def test_a_patch_embedding_can_be_trained_in_full_beside_lora(vit_base: VisionTransformer, tiny_base: Base) -> None:
+    vit_base.reset_classifier(1000)
+    whole = recipe_of("lora", rank=16, train_patch_embedding=True)
+    assert trainable_parameters(adapt(vit_base, whole)) == 12 * 16 * (768 + 3 * 768) + 769 * 768 + 769 * 1000
+    model = adapt(tiny_base.network, whole)
+    # It begins as the base's own, unlike the control that draws it anew.
+    images = torch.rand(4, *tiny_base.architecture.contract.shape)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(images), tiny_base.network.eval()(images))
+
+
+def test_recipes_without_it_are_written_as_before_there_was_one() -> None:
+    assert "train_patch_embedding" not in RecipeSettings().model_dump()
+    assert RecipeSettings(train_patch_embedding=True).model_dump()["train_patch_embedding"] is True
+
+
 @pytest.fixture(scope="module")
 def small(tiny_splits: Splits) -> Split:
     return tiny_splits.train.take(200)

@@ -64,7 +64,10 @@ def test_convolutions_are_matrices_and_other_shapes_are_refused() -> None:
         merged(weight, a[:, 1:], b)
 
 
-@pytest.fixture(scope="module", params=[{}, {"alpha": 6.0}, {"reinitialise_patch_embedding": True}])
+ADAPTED = [{}, {"alpha": 6.0}, {"reinitialise_patch_embedding": True}, {"train_patch_embedding": True}]
+
+
+@pytest.fixture(scope="module", params=ADAPTED)
 def adapted(request: pytest.FixtureRequest) -> PeftModel:
     values: dict[str, Any] = request.param
     vit = build_network(timm_architecture("vit_tiny_patch16_224", ("a", "b", "c"), None, TINY))

@@ -72,6 +72,9 @@ class RecipeSettings(Section):
     reinitialise_patch_embedding: bool = Field(
         default=False, description="draw the patch embedding anew and train it in full (a control; needs no key)"
     )
+    train_patch_embedding: bool = Field(
+        default=False, description="LoRA: train the patch embedding in full instead, from the base's values"
+    )
     training: TrainingSettings = TrainingSettings()
     transform: Transform = BlockShufflePart()
     objective: Objective = CrossEntropyPart()
@@ -83,15 +86,21 @@ class RecipeSettings(Section):
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Parts that change nothing are left out, so that adding one to the program renames no model that was made."""
+        """What came later and changes nothing is left out, so that it renames no model that was made before it."""
         values: dict[str, Any] = dump(self)
-        unchanged = {name for name in PARTS if getattr(self, name) == type(self).model_fields[name].default}
+        later = (*PARTS, "train_patch_embedding")
+        unchanged = {name for name in later if getattr(self, name) == type(self).model_fields[name].default}
         return {name: value for name, value in values.items() if name not in unchanged}
 
     def loss(self, network: nn.Module, classes: int, label_smoothing: float, base: nn.Module) -> TrainingObjective:
         """What training ``network`` minimises: the objective, on attacks as well if the recipe has them."""
         objective = self.objective.build(network, classes, label_smoothing, base)
         return objective if self.adversarial is None else self.adversarial.build(objective)
+
+    @property
+    def whole_patch_embedding(self) -> bool:
+        """Whether LoRA leaves the patch embedding to be trained in full."""
+        return self.reinitialise_patch_embedding or self.train_patch_embedding
 
     @property
     def parts(self) -> dict[str, Part]:
