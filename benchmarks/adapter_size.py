@@ -1,11 +1,12 @@
 """How large a LoRA-only package is beside the full one, and how close base and adapter come to it.
 
-The model has random weights and random updates (r = 16): sizes do not depend on training, and the updates that are
-compared are not zero. Every size is of real packages: the base's and the full one are exported, the adapter package is
-made from them, and the Core ML packages are assembled and compared byte for byte. ViT-B/16 needs 3 GiB of disk and
-minutes. Run::
+The model has random weights and random updates (r = 16, or as a preset says): sizes do not depend on training, and the
+updates that are compared are not zero. Every size is of real packages: the base's and the full one are exported, the
+adapter package is made from them, and the Core ML packages are assembled and compared byte for byte. ViT-B/16 needs
+3 GiB of disk and minutes. Run::
 
     python -m benchmarks.adapter_size --classes 10 1000 --json FILE
+    python -m benchmarks.adapter_size --classes 1000 --preset hardened
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from exporters.adapter.pair import BASE_ONNX, assemble_coreml, open_base_of
 from exporters.formats import FORMATS
 from exporters.onnx_file import stored_tensors
 from exporters.package import digest_folder, open_package, sign_package
-from factory.adaptation import adapt
+from factory.adaptation import adapt, trainable_parameters
 from factory.adapter_package import export_adapter_package, export_base_package, sizes_of
 from factory.base import Base, build_network, timm_architecture
 from factory.classifier import ImageClassifier
@@ -37,6 +38,7 @@ from factory.folding import bake
 from factory.packaging import Identity, export_package
 from factory.progress import Progress
 from factory.recipes.recipe import RecipeSettings
+from factory.settings import FleetSettings, parse, presets, read_preset
 from keys.derive import fixed_guess
 from keys.signing import SigningKey
 
@@ -44,11 +46,10 @@ CREATED = datetime(2030, 1, 31, 12, 0, 0, tzinfo=UTC)
 FLEET = "0" * 16
 
 
-def measured(name: str, classes: int, rank: int) -> dict[str, Any]:
-    """The packages of one device of a base with ``classes`` classes, made and put together."""
+def measured(name: str, classes: int, recipe: RecipeSettings) -> dict[str, Any]:
+    """The packages of one device of a base with ``classes`` classes, made by ``recipe`` and put together."""
     architecture = timm_architecture(name, tuple(f"class {index}" for index in range(classes)), None)
     base = Base(architecture, build_network(architecture))
-    recipe = RecipeSettings(rank=rank, alpha=float(rank))
     model = _model(base, recipe)
     quiet, key = Progress(quiet=True), SigningKey(bytes(32))
     shape = (8, *architecture.contract.shape)
@@ -79,7 +80,8 @@ def measured(name: str, classes: int, rank: int) -> dict[str, Any]:
     parity: Any = manifest.evidence["parity_with_full_package"]
     onnx = whole.files[FORMATS["onnx-fp32"].path].size
     return {
-        "model": name, "classes": classes, "rank": rank, "full_bytes": sizes.full, "full_onnx_bytes": onnx,
+        "model": name, "classes": classes, "recipe": recipe.model_dump(mode="json"),
+        "trained_parameters": trainable_parameters(model.network), "full_bytes": sizes.full, "full_onnx_bytes": onnx,
         "adapter_bytes": sizes.adapter, "adapter_file_bytes": manifest.files[ADAPTER_NAME].size,
         "coreml_delta_bytes": sizes.coreml_delta, "share": sizes.share, "share_of_onnx_alone": sizes.adapter / onnx,
         "difference_of_largest_logit": parity["max_relative_difference"], "coreml_bytes_equal": equal,
@@ -103,14 +105,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="vit_base_patch16_224", help="a timm name")
     parser.add_argument("--classes", type=int, nargs="+", default=[10, 1000])
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--preset", choices=presets(), help="an embedded fleet file, for its recipe instead of a rank")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args(arguments)
+    recipe = RecipeSettings(rank=options.rank, alpha=float(options.rank))
+    if options.preset is not None:
+        recipe = parse(FleetSettings, read_preset(options.preset), options.preset).recipe
     rows: list[dict[str, Any]] = []
     for classes in options.classes:
-        row = measured(options.model, classes, options.rank)
+        row = measured(options.model, classes, recipe)
         rows.append(row)
         print(
-            f"{row['model']}, {classes} classes, r = {row['rank']}: full {row['full_bytes']:,} bytes, adapter package "
+            f"{row['model']}, {classes} classes, r = {recipe.rank}, {row['trained_parameters']:,} parameters trained: "
+            f"full {row['full_bytes']:,} bytes, adapter package "
             f"{row['adapter_bytes']:,} ({row['share']:.2%}; {row['share_of_onnx_alone']:.2%} of the full ONNX file "
             f"alone), Core ML delta {row['coreml_delta_bytes']:,}; logits differ by "
             f"{row['difference_of_largest_logit']:.1e} of the largest; Core ML bytes equal: "
