@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Clean accuracy against retention in the worst case, means over models and targets; size by the cost."""
     with mpl.rc_context({"svg.hashsalt": "keyfoundry", "svg.fonttype": "none", "font.size": 8}):
-        figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+        figure = Figure(figsize=(7.5, 6.5), layout="constrained")
         axes = figure.subplots()
         for number, row in enumerate(rows, start=1):
             x, y = fmean(row["clean"]), fmean(row["worst"])
@@ -26,7 +26,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             label = f"{number}: {row['name']}; {row['base']}, {row['images']:,} × {row['epochs']}"
             axes.scatter(x, y, s=40 * row["passes"] ** 2, facecolor=face, edgecolor="tab:blue", label=label)
             axes.annotate(str(number), (x, y), textcoords="offset points", xytext=(5, 4))
-        axes.set(xlabel="clean accuracy (5,000 validation images)", ylabel="retention, worst case (300 of them)")
+        axes.set(
+            xlabel="clean accuracy (5,000 validation images)", ylabel="retention, worst case (300 to 1,000 of them)"
+        )
         figure.legend(loc="outside lower center", frameon=False, fontsize=7)
         figure.savefig(path, metadata={"Date": None})
 

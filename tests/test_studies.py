@@ -90,6 +90,10 @@ def test_table1_measures_the_papers_columns_on_every_arm(studies: tuple[Path, di
     base = rows["plain (the public base)"]
     attacked_base, clean_base = base["AutoAttack on the base, L∞ 8/255"], base["clean"]
     assert attacked_base.value < clean_base.value  # type: ignore[attr-defined]
+    every = table(studies[1]["table1"], "Clean accuracy")
+    assert set(every) == set(rows)
+    assert every["keyed"]["clean"].devices == 3  # type: ignore[attr-defined]
+    assert every["keyed"]["clean"].images > keyed["clean"].images  # type: ignore[attr-defined]
     agreement = table(studies[1]["table1"], "Keys and agreement")
     assert agreement["keyed"]["another key"].value < agreement["keyed"]["own key"].value  # type: ignore[attr-defined]
     assert agreement["plain"]["another key"] == "no key"

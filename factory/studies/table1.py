@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from torch import nn
 
 from device_tests.accuracy import predict
 from device_tests.attacks.attack import Attack
@@ -36,6 +37,7 @@ from factory.studies.workbench import (
     clean_accuracy,
     fooling,
     one_model,
+    rate_over_models,
     robust_accuracy,
     with_base,
     worst_of,
@@ -227,6 +229,25 @@ def _accuracy_section(
                 title="Retention", caption="Among the images that a model gets right when clean, the share that it "
                 "still gets right when attacked.", columns=("model", *heads), rows=tuple(retained),
             ),
+            _clean_table(bench, rows),
+        ),
+    )  # fmt: skip
+
+
+def _clean_table(bench: Workbench, rows: Sequence[Row]) -> Table:
+    """Accuracy on all test images, which are many more than those that are attacked."""
+    test = bench.splits.test
+    images, truth = test.images.numpy(), test.labels.numpy()
+
+    def of(models: Sequence[nn.Module]) -> TableCell:
+        right = np.array([predict(TorchRuntime(model), images) == truth for model in models])
+        return cell(rate_over_models(right, np.ones_like(right)))
+
+    return Table(
+        title="Clean accuracy", caption=f"On all {len(truth):,} test images.", columns=("model", "clean"),
+        rows=(
+            ("plain (the public base)", of([bench.base_model])),
+            *((row.arm.name, of([member.baked for member in row.members])) for row in rows),
         ),
     )  # fmt: skip
 
