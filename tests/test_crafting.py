@@ -111,6 +111,15 @@ def test_finished_chunks_are_kept_when_an_attack_breaks_and_are_not_made_again(t
     assert cached_images(linear(1), *arguments, perturbation=WIDE, seed=0, cache=tmp_path) == 0
 
 
+def test_a_run_on_fewer_images_leaves_what_a_longer_one_made(tmp_path: Path) -> None:
+    """Two arms of a study attack the base on different numbers of images, and take turns in every run."""
+    images, labels = pictures(20)
+    asked: list[int] = []
+    for count in (20, 7, 20, 7):
+        craft(linear(), [Counted(asked)], images[:count], labels[:count], perturbation=WIDE, seed=0, cache=tmp_path)
+    assert asked == [20, 7]
+
+
 def test_a_damaged_chunk_is_made_again(tmp_path: Path) -> None:
     images, labels = pictures(20)
     first = craft(linear(), [PGD(3)], images, labels, perturbation=WIDE, seed=0, cache=tmp_path)
