@@ -140,7 +140,8 @@ def _place(
     identity = ("adversarial", _FORMAT, attack.name, attack.description, perturbation.code, seed)
     folder = f"{attack.name}-{perturbation.code.replace(':', '-')}"
     # How many in the name: a run on fewer images, which ends inside a chunk, must not take the place of the whole one.
-    return cache / folder / f"{start:06d}-{len(images)}.safetensors", content_key(source.model, images, labels, *identity)
+    path = cache / folder / f"{start:06d}-{len(images)}.safetensors"
+    return path, content_key(source.model, images, labels, *identity)
 
 
 def _chunk(
