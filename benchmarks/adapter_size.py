@@ -38,7 +38,7 @@ from factory.folding import bake
 from factory.packaging import Identity, export_package
 from factory.progress import Progress
 from factory.recipes.recipe import RecipeSettings
-from factory.settings import FleetSettings, parse, presets, read_preset
+from factory.settings import preset_settings, presets
 from keys.derive import fixed_guess
 from keys.signing import SigningKey
 
@@ -104,13 +104,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_base_patch16_224", help="a timm name")
     parser.add_argument("--classes", type=int, nargs="+", default=[10, 1000])
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--preset", choices=presets(), help="an embedded fleet file, for its recipe instead of a rank")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--rank", type=int, default=16)
+    chosen.add_argument("--preset", choices=presets(), help="an embedded fleet file, for its recipe instead of a rank")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args(arguments)
     recipe = RecipeSettings(rank=options.rank, alpha=float(options.rank))
     if options.preset is not None:
-        recipe = parse(FleetSettings, read_preset(options.preset), options.preset).recipe
+        recipe = preset_settings(options.preset).recipe
     rows: list[dict[str, Any]] = []
     for classes in options.classes:
         row = measured(options.model, classes, recipe)

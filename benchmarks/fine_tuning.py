@@ -28,7 +28,7 @@ from factory.base import load_base, read_base
 from factory.classifier import ImageClassifier
 from factory.data import Split, Splits, load_splits
 from factory.progress import Progress
-from factory.settings import DataSettings, FleetSettings, parse, presets, read_preset
+from factory.settings import DataSettings, preset_settings, presets
 from keys.derive import fixed_guess
 
 LOOP, PLAIN = "plain loop of peft, float32", "preset plain"
@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     made.add_argument("--figure", type=Path, help="draw the cost per device to this SVG file")
     asked = made.parse_args(arguments)
     torch.set_num_threads(asked.threads)
-    fleets = {f"preset {name}": parse(FleetSettings, read_preset(name), name) for name in presets()}
+    fleets = {f"preset {name}": preset_settings(name) for name in presets()}
     architecture = read_base(fleets[PLAIN].base).architecture
     splits = load_splits(DataSettings(), architecture.contract, Path(), Progress(quiet=True))
     few = Splits(

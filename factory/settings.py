@@ -272,6 +272,11 @@ def read_preset(name: str) -> dict[str, Any]:
     return read_fleet_file(_PRESETS / f"{name}.toml")
 
 
+def preset_settings(name: str) -> FleetSettings:
+    """An embedded fleet file as it stands; raises InputError if there is none of that name."""
+    return parse(FleetSettings, read_preset(name), name)
+
+
 def read_fleet_file(path: Path) -> dict[str, Any]:
     """The settings in a TOML or YAML fleet file, not yet checked."""
     try:

@@ -10,7 +10,15 @@ import pytest
 from factory.base import read_base
 from factory.cli.options import merged
 from factory.fleet_folder import to_toml
-from factory.settings import DEFAULT_PRESET, FleetSettings, parse, presets, read_fleet_file, read_preset
+from factory.settings import (
+    DEFAULT_PRESET,
+    FleetSettings,
+    parse,
+    preset_settings,
+    presets,
+    read_fleet_file,
+    read_preset,
+)
 from keys.errors import InputError
 
 TOML = """\
@@ -59,7 +67,7 @@ def test_every_setting_survives_the_way_through_fleet_toml() -> None:
 
 def test_presets_are_fleet_files_and_the_default_is_the_hardened_one() -> None:
     assert presets() == ("hardened", "plain")
-    plain, hardened = (parse(FleetSettings, read_preset(name), name) for name in ("plain", DEFAULT_PRESET))
+    plain, hardened = (preset_settings(name) for name in ("plain", DEFAULT_PRESET))
     assert plain == FleetSettings()
     assert hardened.base.name == "hardened"
     assert read_base(hardened.base).architecture == read_base(plain.base).architecture

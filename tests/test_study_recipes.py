@@ -12,6 +12,7 @@ from device_tests.report.study_document import StudyDocument, Table
 from factory.progress import Progress
 from factory.recipes.bit_flip import BitFlipPart
 from factory.recipes.key_ensemble import KeyEnsemblePart
+from factory.settings import DEFAULT_PRESET, preset_settings
 from factory.studies.catalogue import run_study
 from factory.studies.spec import ArmSettings, Spec, Table1Spec, read_spec
 from keys.errors import InputError
@@ -65,6 +66,22 @@ def digest(spec: Spec, settings: ArmSettings) -> str:
 def test_the_models_of_recorded_studies_keep_their_names(name: str) -> None:
     spec = read_spec("table1", RESULTS / name)
     assert {arm.name: digest(spec, arm) for arm in spec.arms} == KNOWN[name]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("table1", "protection.toml"), ("collusion", "protection-collusion.toml"),
+     ("replication", "protection-replication.toml")],
+)  # fmt: skip
+def test_what_is_measured_of_the_default_preset_is_the_default_preset(kind: str, name: str) -> None:
+    """The specs write its recipe out; the control differs from it by its key alone."""
+    spec, preset = read_spec(kind, RESULTS / name), preset_settings(DEFAULT_PRESET)
+    assert spec.base == preset.base
+    for arm in spec.arms:
+        recipe = spec.arm(arm).recipe
+        assert recipe.block_size == (7 if arm.keyed else None)
+        kept = {"block_size": preset.recipe.block_size, "training": preset.recipe.training}
+        assert recipe.model_copy(update=kept) == preset.recipe
 
 
 def test_the_old_fields_and_a_recipe_that_says_the_same_are_one() -> None:

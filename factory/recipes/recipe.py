@@ -54,9 +54,11 @@ ADAPTATION_NEEDS: Mapping[str, tuple[Trait, ...]] = {
 PARTS = ("transform", "objective", "adversarial", "curriculum", "decoys", "keys", "purifier")
 """The settings that choose a part."""
 
-
 PARTS_OF_TRAINING = ("objective", "adversarial", "curriculum", "decoys")
 """Of these, the parts that say what a network is trained on, and what for."""
+
+ADDED_LATER = (*PARTS, "train_patch_embedding")
+"""The settings that a recipe is written without where they change nothing: those from before them keep their names."""
 
 
 class RecipeSettings(Section):
@@ -88,8 +90,8 @@ class RecipeSettings(Section):
     def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """What came later and changes nothing is left out, so that it renames no model that was made before it."""
         values: dict[str, Any] = dump(self)
-        later = (*PARTS, "train_patch_embedding")
-        unchanged = {name for name in later if getattr(self, name) == type(self).model_fields[name].default}
+        fields = type(self).model_fields
+        unchanged = {name for name in ADDED_LATER if getattr(self, name) == fields[name].default}
         return {name: value for name, value in values.items() if name not in unchanged}
 
     def loss(self, network: nn.Module, classes: int, label_smoothing: float, base: nn.Module) -> TrainingObjective:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from device_tests.accuracy import predict
 from device_tests.attacks.pgd import PGD
 from device_tests.attacks.square import Square
 from device_tests.canaries import Canaries, canary_cost, loss_slice, run_canaries
@@ -16,10 +15,9 @@ from device_tests.report.study_document import Section, Surface, SurfacePanel, T
 from device_tests.self_check import StrongBudget
 from device_tests.threats import Source, Threat
 from exporters.measured import NotMeasured
-from exporters.run_torch import TorchRuntime
 from factory.record import kept
 from factory.studies.spec import ArmSettings
-from factory.studies.workbench import Workbench
+from factory.studies.workbench import Workbench, right
 from factory.studies.zoo import Member
 
 EPSILON = 8 / 255
@@ -83,8 +81,8 @@ def _canaries(bench: Workbench, member: Member, other: Source) -> Canaries:
 
 def _surfaces(bench: Workbench, members: Sequence[Member]) -> Surface:
     on = bench.images(at_most=IMAGES)
-    right = np.all([predict(TorchRuntime(member.baked), on.images) == on.labels for member in members], axis=0)
-    chosen = int(np.argmax(right))
+    by_all = np.all([right(member.baked, on.images, on.labels) for member in members], axis=0)
+    chosen = int(np.argmax(by_all))
     panels: list[SurfacePanel] = []
     for member in members:
         grid = loss_slice(

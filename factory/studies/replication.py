@@ -11,9 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import nn
 
-from device_tests.accuracy import predict
 from device_tests.attacks.hop_skip_jump import HopSkipJump
 from device_tests.crafting import craft
 from device_tests.evidence import Measured
@@ -23,10 +21,9 @@ from device_tests.perturbation import Perturbation
 from device_tests.report.study_document import BudgetLine, HeatMap, HeatRow, Section, StudyDocument, Table, TableCell
 from device_tests.threats import Source, Threat
 from exporters.measured import NotMeasured
-from exporters.run_torch import TorchRuntime
 from factory.studies.spec import ArmSettings, ReplicationSpec
 from factory.studies.study_report import cell, difference, in_words, study_document, written
-from factory.studies.workbench import FleetMeasured, Workbench, one_model, rate_over_models
+from factory.studies.workbench import FleetMeasured, Workbench, one_model, rate_over_models, right
 from factory.studies.zoo import Member
 from factory.verification import Attacked
 from keys.errors import CheckFailed
@@ -128,12 +125,12 @@ def _line(bench: Workbench, spec: ReplicationSpec, arm: ArmSettings) -> Line:
     shares = np.array_split(np.arange(len(truth)), spec.sources)
     for member, share in zip(members[: spec.sources], shares, strict=True):
         adversarial[share] = _ask(bench, spec, member, Attacked(on.images[share], on.labels[share], on.cache))
-        at_home[share] = _right(member.baked, on.images[share], truth[share])
-        found[share] = at_home[share] & ~_right(member.baked, adversarial[share], truth[share])
-    judged = np.array([_right(target.baked, on.images, truth) & found for target in targets])
-    fooled = np.array([~_right(target.baked, adversarial, truth) for target in targets])
+        at_home[share] = right(member.baked, on.images[share], truth[share])
+        found[share] = at_home[share] & ~right(member.baked, adversarial[share], truth[share])
+    judged = np.array([right(target.baked, on.images, truth) & found for target in targets])
+    fooled = np.array([~right(target.baked, adversarial, truth) for target in targets])
     base = bench.base_model
-    on_base = one_model(~_right(base, adversarial, truth), _right(base, on.images, truth) & found)
+    on_base = one_model(~right(base, adversarial, truth), right(base, on.images, truth) & found)
     moved = (adversarial[found].astype(np.float64) - on.images[found]).reshape(int(found.sum()), -1) / LEVELS
     distance = f"L2 {np.median(np.linalg.norm(moved, axis=1)):.2f}" if len(moved) else "none"
     return Line(arm, fooled, judged, one_model(found, at_home), on_base, distance)
@@ -151,10 +148,6 @@ def _ask(bench: Workbench, spec: ReplicationSpec, member: Member, on: Attacked) 
     if made.failures:
         raise CheckFailed(made.failures[attack.name])
     return made.images[attack.name]
-
-
-def _right(model: nn.Module, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    return predict(TorchRuntime(model), images) == labels
 
 
 def _gained(control: Line, keyed: Line) -> FleetDifference | NotMeasured:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel
 
-from device_tests.accuracy import accuracy
 from device_tests.evidence import Proportion
 from device_tests.fleet_statistics import FleetDifference, FleetRate
 from device_tests.report.document import BaseReport, DataReport, now
@@ -21,7 +20,6 @@ from device_tests.report.study_document import (
     StudyDocument,
 )
 from exporters.measured import NotMeasured
-from exporters.run_torch import TorchRuntime
 from factory.data import Splits
 from factory.fleet_report import this_machine
 from factory.packaging import tool_versions
@@ -73,11 +71,10 @@ def study_document(
     budgets: Sequence[BudgetLine], sections: Sequence[Section], command: str,
 ) -> StudyDocument:  # fmt: skip
     """The document of one study on one base and data set."""
-    spec, test = bench.spec, bench.splits.test
-    clean = accuracy(TorchRuntime(bench.base_model), test.images.numpy(), test.labels.numpy())
+    spec = bench.spec
     base = BaseReport(
         name=spec.base.name, digest=bench.base.digest,
-        parameters=sum(p.numel() for p in bench.base.network.parameters()), clean=clean,
+        parameters=sum(p.numel() for p in bench.base.network.parameters()), clean=bench.base_clean,
     )  # fmt: skip
     return document_of(
         spec, spec.seed, bench.splits, (base,), bench.progress, name=name, title=title, conclusion=conclusion,

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from torch import nn
 
 from device_tests.accuracy import predict
 from device_tests.attacks.attack import Attack
@@ -38,6 +37,7 @@ from factory.studies.workbench import (
     fooling,
     one_model,
     rate_over_models,
+    right,
     robust_accuracy,
     with_base,
     worst_of,
@@ -181,8 +181,8 @@ def _accuracy_section(
     few = bench.images(None, spec.autoattack_images)
     plain: list[str | FleetMeasured] = ["plain (the public base)", "none trained"]
     truth = few.labels.astype(np.int64)
-    right = predict(TorchRuntime(bench.base_model), few.images) == truth
-    plain.append(one_model(right, np.ones_like(right)))
+    clean = right(bench.base_model, few.images, truth)
+    plain.append(one_model(clean, np.ones_like(clean)))
     kept: list[str | FleetMeasured] = ["plain (the public base)"]
     for battery in batteries:
         attacks = (autoattack(spec, battery.perturbation),)
@@ -239,16 +239,13 @@ def _clean_table(bench: Workbench, rows: Sequence[Row]) -> Table:
     test = bench.splits.test
     images, truth = test.images.numpy(), test.labels.numpy()
 
-    def of(models: Sequence[nn.Module]) -> TableCell:
-        right = np.array([predict(TorchRuntime(model), images) == truth for model in models])
-        return cell(rate_over_models(right, np.ones_like(right)))
+    def of(row: Row) -> TableCell:
+        clean = np.array([right(member.baked, images, truth) for member in row.members])
+        return cell(rate_over_models(clean, np.ones_like(clean)))
 
     return Table(
         title="Clean accuracy", caption=f"On all {len(truth):,} test images.", columns=("model", "clean"),
-        rows=(
-            ("plain (the public base)", of([bench.base_model])),
-            *((row.arm.name, of([member.baked for member in row.members])) for row in rows),
-        ),
+        rows=(("plain (the public base)", bench.base_clean), *((row.arm.name, of(row)) for row in rows)),
     )  # fmt: skip
 
 

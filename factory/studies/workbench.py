@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from torch import nn
 
-from device_tests.accuracy import accuracy
+from device_tests.accuracy import accuracy, predict
 from device_tests.attacks.attack import Attack
 from device_tests.ensemble import Ensemble
 from device_tests.evidence import Measured, Proportion
@@ -70,6 +71,12 @@ class Workbench:
         self.zoo = Zoo(self.shared / "models", self.base, self.splits, seed=spec.seed, progress=progress)
         self.base_model = ImageClassifier(self.base.network, architecture.mean, architecture.std)
         self._attacked: dict[object, AttackedSource] = {}
+
+    @functools.cached_property
+    def base_clean(self) -> Proportion:
+        """The public base's accuracy on all test images."""
+        test = self.splits.test
+        return accuracy(TorchRuntime(self.base_model), test.images.numpy(), test.labels.numpy())
 
     def members(self, arm: ArmSettings) -> list[Member]:
         """All models of an arm, trained if they are not yet."""
@@ -139,6 +146,11 @@ class Workbench:
             runtime, name, on.images, on.labels, [one.adversarial for one in facing], self_checks(facing), required=(),
             weak=weak_sources(facing, accuracy(runtime, on.images, on.labels)),
         )  # fmt: skip
+
+
+def right(model: nn.Module, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Which of the images, uint8 N×C×H×W, the model gives their labels: bool N."""
+    return predict(TorchRuntime(model), images) == labels
 
 
 def with_base(count: int) -> str:
