@@ -260,6 +260,9 @@ def test_a_report_says_all_that_a_device_was_trained_by(fleet_copy: Path) -> Non
     training = "LoRA r = 3, objective distillation, adversarial free, decoys, 2 epochs"
     assert recipe_in_words(other, control=False) == f"block shuffle M = 7, 2 keys (average), {training}"
     assert recipe_in_words(other, control=True) == f"no key, {training}"
+    whole = RecipeSettings.model_validate({"train_patch_embedding": True, "training": {"epochs": 2}})
+    other = replace(fleet, settings=fleet.settings.model_copy(update={"recipe": whole}))
+    assert recipe_in_words(other, control=True) == "no key, LoRA r = 16 with a whole patch embedding, 2 epochs"
 
 
 def test_quantised_formats_are_made_and_judged_by_themselves(fleet_copy: Path) -> None:
