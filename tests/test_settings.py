@@ -89,6 +89,10 @@ def test_a_number_of_devices_stands_for_their_ids() -> None:
         ({"recipe": {"ranks": 4}}, "recipe.ranks: "),
         ({"recipe": {"training": {"epochs": 0}}}, r"recipe.training.epochs: .*\(got 0\)"),
         ({"recipe": {"adaptation": "prompt"}}, "recipe.adaptation: .*'lora', 'full' or 'patch-embedding-head'"),
+        (
+            {"recipe": {"adaptation": "full", "train_patch_embedding": True}},
+            "recipe: .*trains the patch",
+        ),
         ({"verification": {"epsilon": "much"}}, r"verification.epsilon: .*\(got 'much'\)"),
         ({"verification": {"epsilon": float("nan")}}, "verification.epsilon: "),
         ({"release": {"acceptable_fooling": 0.5, "unacceptable_fooling": 0.4}}, "release: .*must be below"),

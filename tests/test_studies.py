@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import clean_difference
 from device_tests.report.study_document import StudyDocument, Table
 from factory.progress import Progress
 from factory.studies.catalogue import run_study
@@ -97,6 +98,25 @@ def test_table1_measures_the_papers_columns_on_every_arm(studies: tuple[Path, di
     agreement = table(studies[1]["table1"], "Keys and agreement")
     assert agreement["keyed"]["another key"].value < agreement["keyed"]["own key"].value  # type: ignore[attr-defined]
     assert agreement["plain"]["another key"] == "no key"
+
+
+def test_two_arms_clean_accuracies_have_a_difference(
+    studies: tuple[Path, dict[str, StudyDocument]], spec_paths: dict[str, Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    record = tmp_path / "difference.json"
+    of = f"{spec_paths['table1']}:"
+    arguments = [of + "keyed", of + "plain", "--studies", str(studies[0]), "--json", str(record)]
+    assert clean_difference.main(arguments) == 0
+    values = json.loads(record.read_text())
+    every = table(studies[1]["table1"], "Clean accuracy")
+    assert values["first"]["mean"] == every["keyed"]["clean"].mean  # type: ignore[attr-defined]
+    found = values["difference"]
+    assert found["difference"] == pytest.approx(values["first"]["mean"] - values["second"]["mean"])
+    assert found["interval"][0] < found["difference"] < found["interval"][1]
+    assert found["devices"] == [3, 2]
+    assert clean_difference.main([of + "keyed", of + "none", "--studies", str(studies[0])]) == 3
+    assert "no arm 'none'; there are keyed, plain" in capsys.readouterr().err
 
 
 def test_collusion_says_why_it_has_no_trend_from_two_points(studies: tuple[Path, dict[str, StudyDocument]]) -> None:

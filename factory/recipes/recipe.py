@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from factory.recipes.adversarial_training import AdversarialTrainingPart
 from factory.recipes.bit_flip import BitFlipPart
@@ -85,6 +85,14 @@ class RecipeSettings(Section):
     decoys: DecoysPart | None = Field(default=None, description="also train on attacks that were made elsewhere")
     keys: KeyEnsemblePart | None = Field(default=None, description="several keys in one device")
     purifier: DeepImagePriorPart | None = Field(default=None, description="what a server does to images first")
+
+    @model_validator(mode="after")
+    def _is_asked_of_lora(self) -> RecipeSettings:
+        if self.train_patch_embedding and self.adaptation != "lora":
+            raise ValueError(
+                f"train_patch_embedding is for adaptation 'lora'; {self.adaptation!r} trains the patch embedding anyway"
+            )
+        return self
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
