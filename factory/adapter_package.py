@@ -193,6 +193,8 @@ def _plain(base: Base, recipe: RecipeSettings) -> _Plain:
         )
     if recipe.keys is not None:
         raise InputError("LoRA-only packages hold the model of one key, not an ensemble; send full packages.")
+    if recipe.attractors is not None:
+        raise InputError("LoRA-only packages need the base's own graph, which has no attractors; send full packages.")
     # Any key's transform has the tensors that a device's will replace.
     keyed = keyed_transform(base, recipe, fixed_guess(BASE_ID))
     unkeyed = None if keyed is None else neutral(keyed)

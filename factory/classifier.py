@@ -12,25 +12,30 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from factory.attractors import Attractors
+
 
 class ImageClassifier(nn.Module):
-    """Keyed transform (if any), normalisation, network: float N×C×H×W in [0, 1] to logits N×K."""
+    """Keyed transform (if any), normalisation, network: float N×C×H×W in [0, 1] to logits N×K; plus attractors."""
 
     mean: Tensor
     std: Tensor
 
     def __init__(
-        self, network: nn.Module, mean: Sequence[float], std: Sequence[float], transform: nn.Module | None = None
-    ) -> None:
+        self, network: nn.Module, mean: Sequence[float], std: Sequence[float], transform: nn.Module | None = None,
+        attractors: Attractors | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.transform = transform
+        self.attractors = attractors
         self.network = network
         self.register_buffer("mean", torch.tensor(list(mean)).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(list(std)).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits N×K of images N×C×H×W in [0, 1]."""
-        return self.network(self.inputs(images))
+        logits = self.network(self.inputs(images))
+        return logits if self.attractors is None else logits + self.attractors(images)
 
     def inputs(self, images: Tensor) -> Tensor:
         """What the network sees of images N×C×H×W in [0, 1]: N×C×H×W, or volumes N×C×D×H×W."""

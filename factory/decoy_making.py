@@ -37,7 +37,7 @@ def open_pool(
     InputError if the file there is damaged or of something else, CheckFailed if an attack breaks.
     """
     earlier = part.earlier()
-    recipe = recipe.model_copy(update={"decoys": earlier, "purifier": None})
+    recipe = recipe.model_copy(update={"decoys": earlier, "purifier": None, "attractors": None})
     made = part.model_dump(mode="json", exclude={"share"})
     origin = PoolOrigin(base.digest, splits.digest, {"decoys": made, "recipe": recipe.model_dump(mode="json")})
     path = shared / f"decoys-{origin.digest[:12]}.safetensors"

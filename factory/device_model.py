@@ -88,6 +88,8 @@ def check_parts(base: Base, recipe: RecipeSettings) -> None:
         recipe.curriculum.build()
     if recipe.decoys is not None:
         recipe.decoys.check()
+    if recipe.attractors is not None:
+        recipe.attractors.build(None, base.architecture.contract.shape, block_size(base, recipe), 2)
     if recipe.keys is not None:
         recipe.keys.build([nn.Identity()] * recipe.keys.count, None, base.architecture.contract.shape)
 
@@ -146,6 +148,10 @@ def make_device_model(
     elif adapter_digest(adapter) != finished["adapter_digest"]:
         raise InputError(f"The adapter in {adapter} was changed after training; delete {folder} to make it anew.")
     recipe.objective.attach(network, read_learned(adapter))
+    if recipe.attractors is not None:  # beside what was trained, so that training does not learn to undo them
+        classifier.attractors = recipe.attractors.build(
+            key, architecture.contract.shape, block_size(base, recipe), len(splits.labels)
+        )
     return DeviceModel(
         name, classifier.eval(), finished["adapter_digest"], finished["trainable_parameters"],
         tuple(Epoch(**entry) for entry in finished["history"]), _created(finished, record),
@@ -212,9 +218,10 @@ def made_of_something_else(folder: Path, base: Base, recipe: RecipeSettings, spl
 def _shared_by_all(base: Base, recipe: RecipeSettings, splits: Splits) -> list[Any]:
     """What every device of a fleet is made from.
 
-    A purifier is asked for later and changes no weight; several keys are one for each member of an ensemble.
+    A purifier is asked for later, attractors stand beside what was trained, and neither changes a weight; several keys
+    are one for each member of an ensemble.
     """
-    trained_by = recipe.model_copy(update={"purifier": None, "keys": None})
+    trained_by = recipe.model_copy(update={"purifier": None, "keys": None, "attractors": None})
     return [base.digest, trained_by.model_dump(mode="json"), splits.digest]
 
 

@@ -131,6 +131,8 @@ def recipe_in_words(fleet: Fleet, *, control: bool) -> str:
     words = ["no key" if control else recipe.transform.describe(block_size(fleet.base, recipe))]
     if recipe.keys is not None and not control:
         words.append(f"{recipe.keys.count} keys ({recipe.keys.combine})")
+    if recipe.attractors is not None:
+        words.append(f"{recipe.attractors.count} attractors")
     embedding = " with a whole patch embedding" if recipe.whole_patch_embedding else ""
     words.append(f"LoRA r = {recipe.rank}{embedding}" if recipe.adaptation == "lora" else recipe.adaptation)
     chosen = recipe.model_dump()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from factory.adaptation import merge
+from factory.attractors import Attracted
 from factory.block_shuffle import BlockShuffle
 from factory.classifier import ImageClassifier
 from factory.keyed_transforms.bit_flip import BitFlip
@@ -35,7 +36,8 @@ def _bake(model: nn.Module) -> nn.Module:
     assert isinstance(model, ImageClassifier)
     network = fold_batch_norms(merge(model.network))
     merged = ImageClassifier(network, model.mean.flatten().tolist(), model.std.flatten().tolist(), model.transform)
-    return (fold(merged) if can_fold(merged) else merged).eval()
+    module = fold(merged) if can_fold(merged) else merged
+    return (module if model.attractors is None else Attracted(module, model.attractors)).eval()
 
 
 def can_fold(model: ImageClassifier) -> bool:

@@ -28,7 +28,7 @@ from factory.vits import KeyedVit
 from keys.errors import InputError
 from keys.files import write_atomic
 
-OF_DEVICES = ("decoys", "keys", "purifier")
+OF_DEVICES = ("decoys", "keys", "attractors", "purifier")
 """Parts of a recipe that a base cannot have."""
 
 

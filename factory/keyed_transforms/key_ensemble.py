@@ -98,4 +98,5 @@ def behind(model: DeviceClassifier, other: DeviceClassifier | None) -> nn.Module
 def _behind(model: nn.Module, other: nn.Module | None) -> ImageClassifier:
     assert isinstance(model, ImageClassifier)
     transform = other.transform if isinstance(other, ImageClassifier) else None
-    return ImageClassifier(model.network, model.mean.flatten().tolist(), model.std.flatten().tolist(), transform)
+    mean, std = model.mean.flatten().tolist(), model.std.flatten().tolist()
+    return ImageClassifier(model.network, mean, std, transform, model.attractors)

@@ -17,6 +17,8 @@ FLIPPED_PLACES = "bit flip: places"
 ENCRYPTED_PLACES = "format-preserving encryption: places"
 ENCRYPTION_TABLE = "format-preserving encryption: table"
 CHOICE_OF_MEMBER = "key ensemble: order of the choice's values"
+ATTRACTOR_SIGNS = "attractors: signs"
+ATTRACTED_CLASSES = "attractors: classes"
 
 
 def keyed_order(key: DeviceKey, n: int, purpose: str) -> NDArray[np.int64]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from factory.recipes.adversarial_training import AdversarialTrainingPart
+from factory.recipes.attractors import AttractorsPart
 from factory.recipes.bit_flip import BitFlipPart
 from factory.recipes.block_shuffle import BlockShufflePart
 from factory.recipes.cross_entropy import CrossEntropyPart
@@ -51,7 +52,7 @@ ADAPTATION_NEEDS: Mapping[str, tuple[Trait, ...]] = {
 }
 """What each way to adapt needs of the network."""
 
-PARTS = ("transform", "objective", "adversarial", "curriculum", "decoys", "keys", "purifier")
+PARTS = ("transform", "objective", "adversarial", "curriculum", "decoys", "keys", "attractors", "purifier")
 """The settings that choose a part."""
 
 PARTS_OF_TRAINING = ("objective", "adversarial", "curriculum", "decoys")
@@ -84,6 +85,7 @@ class RecipeSettings(Section):
     curriculum: SyllabusPart | None = Field(default=None, description="the order of the images in a batch")
     decoys: DecoysPart | None = Field(default=None, description="also train on attacks that were made elsewhere")
     keys: KeyEnsemblePart | None = Field(default=None, description="several keys in one device")
+    attractors: AttractorsPart | None = Field(default=None, description="what searches by answers alone run into")
     purifier: DeepImagePriorPart | None = Field(default=None, description="what a server does to images first")
 
     @model_validator(mode="after")

@@ -1,0 +1,115 @@
+"""Attractors: patterns that the key picks, in frequencies that images hardly use, on which the model's answer hangs.
+
+A search along the decision boundary that only sees a device's answers (HopSkipJump) follows the attractors of that
+device long before it is near the boundary that all devices share, and ends in an image that means nothing to another
+one. Different copies for different buyers are Zhang et al.'s idea (2021, with decoders that are trained); here an
+attractor is one direction of the image, picked by the key, and trains nothing. For an image x in [0, 1] and carrier k,
+
+    u_k = Σ_b s_kb ⟨v_k, x_b⟩,    logits += Σ_k gain · (u_k / reach)⁴ a_k
+
+over blocks b, with a pattern v_k of one block, a sign s_kb for each block and a class a_k. v and s are scaled so that
+u_k is the component of x along a direction of length 1, and ``reach`` is a distance in L2. The fourth power leaves
+images as they come nearly alone, and has a slope everywhere else: a search must be led there from afar.
+
+It hides nothing from whoever holds the weights: without the last term the model is what it was. And whoever knows of
+the attractors can keep his search out of these frequencies.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.fft import idctn
+from torch import Tensor, nn
+from torch.nn import functional
+
+from factory.keyed_transforms.places import ATTRACTED_CLASSES, ATTRACTOR_SIGNS, keyed_half, keyed_order
+from keys.derive import DeviceKey
+from keys.errors import InputError
+
+SHARE_OF_FREQUENCIES = 1 / 8
+"""The highest frequencies of a block, of which carriers are made."""
+
+
+FARTHEST = 4.0
+"""Components of an image count up to so many times the reach: their fourth powers stay within float16."""
+
+_FLOAT16_MAX = 65504
+
+
+class Attractors(nn.Module):
+    """Images N×C×H×W in [0, 1] to what is added to their logits, N×K.
+
+    ``carriers``: float n×C×M×M, of length 1. ``signs``: float n×H/M×W/M, of length 1 / reach. ``aims``: float n×K, the
+    gain at each carrier's class.
+    """
+
+    carriers: Tensor
+    signs: Tensor
+    aims: Tensor
+
+    def __init__(self, carriers: np.ndarray, signs: np.ndarray, aims: np.ndarray) -> None:
+        super().__init__()
+        for name, values in (("carriers", carriers), ("signs", signs), ("aims", aims)):
+            self.register_buffer(name, torch.from_numpy(values.astype(np.float32)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """What is added to the logits: N×K."""
+        parts = functional.conv2d(images, self.carriers, stride=self.carriers.shape[2:])
+        squares = (parts * self.signs).sum((2, 3)).clamp(-FARTHEST, FARTHEST) ** 2
+        # Not as a product of matrices, which int8 formats would round.
+        return ((squares**2).unsqueeze(2) * self.aims).sum(1)
+
+
+class Attracted(nn.Module):
+    """A model for images in [0, 1] with attractors beside it: the sum of their logits."""
+
+    def __init__(self, model: nn.Module, attractors: Attractors) -> None:
+        super().__init__()
+        self.model, self.attractors = model, attractors
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits N×K of images N×C×H×W in [0, 1]."""
+        return self.model(images) + self.attractors(images)
+
+
+def keyed_attractors(
+    key: DeviceKey, shape: tuple[int, int, int], block_size: int, classes: int, *, count: int, reach: float,
+    gain: float,
+) -> Attractors:  # fmt: skip
+    """The ``count`` attractors of ``key`` for images of ``shape`` (C, H, W), a multiple of ``block_size`` M.
+
+    Every carrier is a sum of the highest frequencies of a block with signs that the key picks, as it picks the blocks'
+    signs and the classes. Raises InputError for blocks of one pixel, which have no frequencies, and where so many
+    carriers of one class, or so large a gain, would go beyond float16.
+    """
+    if block_size < 2:
+        raise InputError("Attractors are made of high frequencies, which blocks of one pixel do not have; take larger.")
+    of_class = -(-count // classes)
+    if gain * FARTHEST**4 * of_class > _FLOAT16_MAX / 2:
+        raise InputError(
+            f"{count} attractors with a gain of {gain:g} may add {gain * FARTHEST**4 * of_class:.2g} to a logit, which "
+            "float16 does not hold; take fewer, or a smaller gain."
+        )
+    channels, rows, columns = shape[0], shape[1] // block_size, shape[2] // block_size
+    basis = _highest_frequencies(block_size)
+    of_carrier, blocks = channels * len(basis), rows * columns
+    signs = np.ones(count * (of_carrier + blocks))
+    signs[keyed_half(key, len(signs), ATTRACTOR_SIGNS)] = -1
+    mixing, over_blocks = np.split(signs, [count * of_carrier])
+    carriers = np.einsum("ncf,fhw->nchw", mixing.reshape(count, channels, -1), basis) / np.sqrt(of_carrier)
+    aims = np.zeros((count, classes))
+    aims[np.arange(count), np.resize(keyed_order(key, classes, ATTRACTED_CLASSES), count)] = gain
+    return Attractors(carriers, over_blocks.reshape(count, rows, columns) / (np.sqrt(blocks) * reach), aims)
+
+
+def _highest_frequencies(size: int) -> np.ndarray:
+    """Patterns F×M×M of the orthonormal cosine transform of a block with the largest sums of frequencies."""
+    places = sorted(np.ndindex(size, size), key=lambda place: (-sum(place), place))
+    chosen = places[: max(2, int(SHARE_OF_FREQUENCIES * size**2))]
+    patterns = []
+    for place in chosen:
+        spectrum = np.zeros((size, size))
+        spectrum[place] = 1
+        patterns.append(idctn(spectrum, norm="ortho"))
+    return np.array(patterns)

@@ -1,0 +1,215 @@
+"""Attractors: what they add by hand and on real images, what a search by answers then finds, packages, refusals."""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from device_tests.attacks.hop_skip_jump import HopSkipJump
+from exporters.export import ExportPlan, Templates, export
+from exporters.formats import FORMATS
+from exporters.run_coreml import CoreMLEvaluator
+from exporters.run_onnx import OnnxRuntime
+from factory.adapter_package import export_base_package
+from factory.attractors import FARTHEST, Attracted, Attractors
+from factory.base import Base, load_base
+from factory.classifier import ImageClassifier
+from factory.data import Splits
+from factory.device_model import DeviceModel, make_device_model, public_model
+from factory.folding import bake
+from factory.progress import Progress
+from factory.recipes.attractors import AttractorsPart
+from factory.recipes.part import Trait
+from factory.recipes.recipe import RecipeSettings, check_recipe
+from factory.settings import BaseSettings
+from keys.derive import DeviceKey, fixed_guess
+from keys.errors import InputError
+
+KEY, OTHER = fixed_guess("device"), fixed_guess("other")
+GREY, COLOUR = (1, 28, 28), (3, 32, 32)
+
+
+def attractors_of(key: DeviceKey | None = KEY, shape: tuple[int, int, int] = GREY, block: int = 7) -> Attractors:
+    return AttractorsPart().build(key, shape, block, 10)
+
+
+def directions(attractors: Attractors, reach: float = 0.35) -> Tensor:
+    """The unit directions of the whole image, n×C×H×W."""
+    block = attractors.carriers.shape[2]
+    signs = attractors.signs.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, None] * reach
+    rows, columns = attractors.signs.shape[1:]
+    return attractors.carriers.repeat(1, 1, rows, columns) * signs
+
+
+def hardened() -> torch.nn.Module:
+    """The shipped hardened base."""
+    base = load_base(BaseSettings(name="hardened"), tuple(map(str, range(10))), 0)
+    return bake(public_model(base, RecipeSettings()))
+
+
+@pytest.fixture(scope="module")
+def real(sample_images: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:
+    """600 real images float32 N×1×28×28 in [0, 1], of 8 bits, and their labels."""
+    pixels, labels = sample_images
+    return torch.from_numpy(pixels[:600, None]).float() / 255, torch.from_numpy(labels[:600].astype(np.int64))
+
+
+@pytest.fixture(scope="module")
+def few(tiny_splits: Splits) -> Splits:
+    train = tiny_splits.train.take(100)
+    return Splits("few", train, tiny_splits.validation.take(50), tiny_splits.test.take(50), tiny_splits.labels)
+
+
+def make(base: Base, splits: Splits, folder: Path, *, attracted: bool, key: DeviceKey | None = KEY) -> DeviceModel:
+    values = {"rank": 2, "training": {"epochs": 1, "batch_size": 50}} | ({"attractors": {}} if attracted else {})
+    return make_device_model(
+        base, key, RecipeSettings.model_validate(values), splits, name="a", identity=["fleet", "a", 1], seed=1,
+        folder=folder, shared=folder / "shared", progress=Progress(quiet=True),
+    )  # fmt: skip
+
+
+# What they add
+
+
+@pytest.mark.parametrize(("shape", "block"), [(GREY, 7), (COLOUR, 8)])
+def test_an_image_moved_along_an_attractor_gets_the_fourth_power_at_its_class(
+    shape: tuple[int, int, int], block: int
+) -> None:
+    attractors = attractors_of(shape=shape, block=block)
+    along = directions(attractors)
+    assert torch.allclose(along.flatten(1).norm(dim=1), torch.ones(20), atol=1e-5)
+    # Orthogonal to what is flat, so that brightness does nothing.
+    assert float(attractors(torch.full((1, *shape), 0.5)).abs().max()) < 1e-6
+    distance = 0.21
+    added = attractors(0.5 + distance * along[3:4])[0]
+    others = torch.stack([along[index].flatten() @ along[3].flatten() for index in range(20)])
+    expected = (10 * (others * distance / 0.35) ** 4) @ (attractors.aims / 10)
+    assert torch.allclose(added, expected, atol=1e-4)
+    assert int(added.argmax()) == int(attractors.aims[3].argmax())
+    assert float(added.max()) == pytest.approx(10 * 0.6**4, rel=0.05)
+
+
+def test_real_images_are_left_nearly_as_they_are(real: tuple[Tensor, Tensor]) -> None:
+    network = hardened()
+    with torch.no_grad():
+        logits = network(real[0])
+        same = (logits + attractors_of()(real[0])).argmax(1) == logits.argmax(1)
+    assert float(same.float().mean()) > 0.98
+
+
+def test_the_farthest_image_stays_within_float16() -> None:
+    attractors = attractors_of()
+    extreme = (directions(attractors) > 0).float()
+    added = attractors(extreme)
+    assert float(added.max()) >= 10 * FARTHEST**4
+    assert float(added.max()) < 65504
+    assert torch.isfinite(added.half()).all()
+
+
+def test_a_key_means_the_same_attractors_for_ever_and_another_key_others() -> None:
+    one, other = attractors_of(), attractors_of(OTHER)
+    digest = hashlib.sha256()
+    for tensor in (one.carriers, one.signs, one.aims):
+        digest.update(np.round(tensor.numpy(), 4).astype("<f4").tobytes())
+    assert digest.hexdigest() == "31d1e4ac6fa4da71b0e29de6a42118ef881be9c997f05eca0fdb01b0bc7b8e90"
+    across = directions(one).flatten(1) @ directions(other).flatten(1).T
+    assert float(across.abs().max()) < 0.7
+    assert float(across.square().mean().sqrt()) < 0.2
+    # Without a key every model has the same.
+    assert torch.equal(attractors_of(None).signs, attractors_of(None).signs)
+    assert not torch.equal(attractors_of(None).signs, one.signs)
+
+
+# Training and answers
+
+
+def test_training_is_the_same_with_and_without(tiny_base: Base, few: Splits, tmp_path: Path) -> None:
+    plain = make(tiny_base, few, tmp_path, attracted=False)
+    assert isinstance(plain.classifier, ImageClassifier)
+    assert plain.classifier.attractors is None
+    trained = (tmp_path / "model.json").read_bytes()
+    attracted = make(tiny_base, few, tmp_path, attracted=True)
+    assert (tmp_path / "model.json").read_bytes() == trained
+    assert attracted.adapter_digest == plain.adapter_digest
+    images = few.test.images.float() / 255
+    with torch.no_grad():
+        expected = plain.classifier(images) + attractors_of()(images)
+        assert torch.allclose(attracted.classifier(images), expected, atol=1e-5)
+        baked = bake(attracted.classifier)
+        assert isinstance(baked, Attracted)
+        assert torch.allclose(baked(images), expected, atol=1e-4)
+
+
+def test_what_answers_lead_to_fools_the_device_alone(real: tuple[Tensor, Tensor]) -> None:
+    """One network with the attractors of two keys: without them every image would fool both."""
+    network = hardened()
+    asked, other = (Attracted(network, attractors_of(key)).eval() for key in (KEY, OTHER))
+    images, labels = real[0][:16], real[1][:16]
+    with torch.no_grad():
+        kept = (asked(images).argmax(1) == labels) & (other(images).argmax(1) == labels)
+        attack = HopSkipJump(queries=700, smallest=True)
+        found = attack.generate(asked, images[kept], labels[kept], epsilon=10.0, seed=0)
+        fooled = asked(found).argmax(1) != labels[kept]
+        replicated = (other(found).argmax(1) != labels[kept]) & fooled
+    assert int(fooled.sum()) >= 10
+    assert int(replicated.sum()) <= 0.25 * int(fooled.sum())
+
+
+# Packages
+
+
+def test_a_package_answers_as_the_model_and_comes_from_a_template(
+    tiny_base: Base, few: Splits, real: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    told: list[str] = []
+    templates = Templates(tmp_path / "templates", {"fleet_id": "0" * 16}, told.append)
+    formats = ("onnx-fp32", "onnx-int8", "coreml-fp32", "coreml-fp16")
+    plan = ExportPlan(tiny_base.architecture.contract, tiny_base.architecture.labels, formats)
+    first, second = (
+        make(tiny_base, few, tmp_path / name, attracted=True, key=key) for name, key in (("a", OTHER), ("b", KEY))
+    )
+    for name in ("first", "second", "full"):
+        (tmp_path / name).mkdir()
+    export(bake(first.classifier), tmp_path / "first", plan, templates)
+    baked = bake(second.classifier)
+    done = export(baked, tmp_path / "second", plan, templates)
+    assert told == []
+    assert done.from_template
+    assert dict(export(baked, tmp_path / "full", plan, None).digests) == dict(done.digests)
+    assert told == []
+    along = directions(attractors_of())
+    images = torch.cat([real[0][:32], (real[0][:8] + 0.4 * along[:8]).clamp(0, 1)])
+    images = torch.round(images * 255) / 255
+    with torch.no_grad():
+        reference = second.classifier(images).numpy()
+    for name in formats:
+        path = tmp_path / "second" / FORMATS[name].path
+        runtime = OnnxRuntime(path) if path.suffix == ".onnx" else CoreMLEvaluator(path)
+        difference = np.abs(runtime.logits(images.numpy()) - reference).max() / np.abs(reference).max()
+        assert difference <= FORMATS[name].limits.difference
+
+
+# Refusals
+
+
+def test_what_cannot_be_is_refused_in_a_sentence(tiny_base: Base, real: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="blocks of one pixel do not have"):
+        attractors_of(block=1)
+    with pytest.raises(InputError, match=r"may add 5.1e\+04 to a logit, which float16 does not hold"):
+        AttractorsPart(count=200).build(KEY, GREY, 7, 10)
+    recipe = RecipeSettings.model_validate({"attractors": {}, "transform": {"kind": "volumize"}})
+    with pytest.raises(InputError, match="attractors 'high-frequency' needs images as its input"):
+        check_recipe(recipe, frozenset({Trait.VOLUMES, Trait.PATCH_EMBEDDING, Trait.ATTENTION}), "vgg3d")
+    recipe = RecipeSettings.model_validate({"attractors": {}})
+    images = (real[0][:8] * 255).to(torch.uint8).numpy()
+    with pytest.raises(InputError, match="has no attractors; send full packages"):
+        export_base_package(
+            tiny_base, recipe, "0" * 16, images, tmp_path / "base", Progress(quiet=True),
+            created=datetime(2030, 1, 1, tzinfo=UTC),
+        )  # fmt: skip
