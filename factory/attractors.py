@@ -73,6 +73,28 @@ class Attracted(nn.Module):
         return self.model(images) + self.attractors(images)
 
 
+class LowPass(nn.Module):
+    """A model as someone asks it who knows of attractors: images lose the frequencies that carriers are made of."""
+
+    patterns: Tensor
+
+    def __init__(self, model: nn.Module, channels: int, block_size: int) -> None:
+        super().__init__()
+        self.model = model
+        patterns = torch.from_numpy(_highest_frequencies(block_size).astype(np.float32)).unsqueeze(1)
+        self.register_buffer("patterns", patterns.repeat(channels, 1, 1, 1))
+
+    def filtered(self, images: Tensor) -> Tensor:
+        """Images N×C×H×W in [0, 1] without the highest frequencies of each block, cut off at 0 and 1."""
+        side, channels = self.patterns.shape[2], images.shape[1]
+        parts = functional.conv2d(images, self.patterns, stride=side, groups=channels)
+        return (images - functional.conv_transpose2d(parts, self.patterns, stride=side, groups=channels)).clamp(0, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits N×K of the filtered images."""
+        return self.model(self.filtered(images))
+
+
 def keyed_attractors(
     key: DeviceKey, shape: tuple[int, int, int], block_size: int, classes: int, *, count: int, reach: float,
     gain: float,

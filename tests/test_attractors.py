@@ -17,7 +17,7 @@ from exporters.formats import FORMATS
 from exporters.run_coreml import CoreMLEvaluator
 from exporters.run_onnx import OnnxRuntime
 from factory.adapter_package import export_base_package
-from factory.attractors import FARTHEST, Attracted, Attractors
+from factory.attractors import FARTHEST, Attracted, Attractors, LowPass
 from factory.base import Base, load_base
 from factory.classifier import ImageClassifier
 from factory.data import Splits
@@ -159,6 +159,20 @@ def test_what_answers_lead_to_fools_the_device_alone(real: tuple[Tensor, Tensor]
         replicated = (other(found).argmax(1) != labels[kept]) & fooled
     assert int(fooled.sum()) >= 10
     assert int(replicated.sum()) <= 0.25 * int(fooled.sum())
+
+
+def test_a_filter_takes_out_what_carriers_are_made_of_and_nothing_else(real: tuple[Tensor, Tensor]) -> None:
+    attractors = attractors_of(shape=COLOUR, block=8)
+    low = LowPass(torch.nn.Identity(), 3, 8).eval()
+    colour = real[0][:8].repeat(1, 3, 1, 1)
+    images = torch.nn.functional.interpolate(colour, size=(32, 32)) * 0.6 + 0.2
+    moved = images + 0.3 * directions(attractors)[:8]
+    assert torch.allclose(low(moved), low(images), atol=1e-5)
+    assert torch.allclose(low(low(images)), low(images), atol=1e-5)
+    components = torch.einsum("nchw,kchw->nk", low(moved), directions(attractors))
+    assert float(components.abs().max()) < 1e-4
+    smooth = torch.linspace(0.2, 0.8, 32).expand(1, 3, 32, 32)
+    assert torch.allclose(low(smooth), smooth, atol=0.02)
 
 
 # Packages

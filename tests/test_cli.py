@@ -146,7 +146,7 @@ def test_a_fleet_begins_with_a_preset_unless_its_base_is_named(
     """Each run is refused for its data, after its settings were resolved and before anything is trained."""
     where = ["--data", "idx", "--data-root", tmp_path / "nowhere", "--out", tmp_path / "fleet", "--quiet"]
     for options, said in (
-        (["--preset", "soft"], "no preset 'soft'; there are hardened, plain"),
+        (["--preset", "soft"], "no preset 'soft'; there are attractors, hardened, plain"),
         (["--preset", "plain", "--config", tiny_settings], "--preset and --config are both fleet files"),
         (["--block-size", 5], "Block size 5"),
         (["--base", tiny_base_path], "nowhere"),

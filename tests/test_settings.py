@@ -66,7 +66,7 @@ def test_every_setting_survives_the_way_through_fleet_toml() -> None:
 
 
 def test_presets_are_fleet_files_and_the_default_is_the_hardened_one() -> None:
-    assert presets() == ("hardened", "plain")
+    assert presets() == ("attractors", "hardened", "plain")
     plain, hardened = (preset_settings(name) for name in ("plain", DEFAULT_PRESET))
     assert plain == FleetSettings()
     assert hardened.base.name == "hardened"
@@ -74,7 +74,11 @@ def test_presets_are_fleet_files_and_the_default_is_the_hardened_one() -> None:
     added = set(hardened.recipe.model_dump()) - set(plain.recipe.model_dump())
     assert added == {"adversarial", "train_patch_embedding"}
     assert parse(FleetSettings, tomllib.loads(to_toml(hardened)), "fleet.toml") == hardened
-    with pytest.raises(InputError, match="no preset 'soft'; there are hardened, plain"):
+    attractors = preset_settings("attractors")
+    assert attractors.recipe.attractors is not None
+    without = attractors.recipe.model_copy(update={"attractors": None})
+    assert attractors.model_copy(update={"recipe": without}) == hardened
+    with pytest.raises(InputError, match="no preset 'soft'; there are attractors, hardened, plain"):
         read_preset("soft")
 
 

@@ -149,6 +149,18 @@ def test_replication_counts_what_the_asked_model_was_fooled_by(
     assert gained.reason.startswith("a difference takes two targets")  # type: ignore[attr-defined]
 
 
+def test_whoever_knows_of_attractors_asks_in_low_frequencies(
+    spec_paths: dict[str, Path], studies: tuple[Path, dict[str, StudyDocument]], silent: Progress, tmp_path: Path
+) -> None:
+    path = tmp_path / "low.yaml"
+    path.write_text(spec_paths["replication"].read_text() + "low_frequencies: true\n")
+    document = run_study(read_spec("replication", path), "replication", tmp_path / "out", silent, "a test")
+    assert "takes the frequencies that they are made of out" in document.sections[0].prose[0]
+    before, after = (table(of, "Replication")["keyed"] for of in (studies[1]["replication"], document))
+    assert after["found"].successes > 0  # type: ignore[attr-defined]
+    assert after["median distance"] != before["median distance"]
+
+
 def test_patches_stand_beside_grey_ones(studies: tuple[Path, dict[str, StudyDocument]]) -> None:
     rows = table(studies[1]["localized"], "Patch against grey patch")
     assert set(rows) == {"keyed", "plain"}

@@ -71,11 +71,14 @@ def test_the_models_of_recorded_studies_keep_their_names(name: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "name"),
     [("table1", "protection.toml"), ("collusion", "protection-collusion.toml"),
-     ("replication", "protection-replication.toml")],
+     ("replication", "protection-replication.toml"), ("table1", "protection-attractors.toml"),
+     ("replication", "protection-attractors-replication.toml"),
+     ("replication", "protection-attractors-low-frequencies.toml")],
 )  # fmt: skip
-def test_what_is_measured_of_the_default_preset_is_the_default_preset(kind: str, name: str) -> None:
+def test_what_is_measured_of_a_preset_is_that_preset(kind: str, name: str) -> None:
     """The specs write its recipe out; the control differs from it by its key alone."""
-    spec, preset = read_spec(kind, RESULTS / name), preset_settings(DEFAULT_PRESET)
+    spec = read_spec(kind, RESULTS / name)
+    preset = preset_settings("attractors" if "attractors" in name else DEFAULT_PRESET)
     assert spec.base == preset.base
     for arm in spec.arms:
         recipe = spec.arm(arm).recipe

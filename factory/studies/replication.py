@@ -11,16 +11,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from device_tests.attacks.hop_skip_jump import HopSkipJump
 from device_tests.crafting import craft
 from device_tests.evidence import Measured
 from device_tests.fleet_statistics import FleetDifference, group_difference
-from device_tests.images import LEVELS
+from device_tests.images import LEVELS, from_8bit
 from device_tests.perturbation import Perturbation
 from device_tests.report.study_document import BudgetLine, HeatMap, HeatRow, Section, StudyDocument, Table, TableCell
 from device_tests.threats import Source, Threat
 from exporters.measured import NotMeasured
+from factory.attractors import LowPass
+from factory.device_model import block_size
 from factory.studies.spec import ArmSettings, ReplicationSpec
 from factory.studies.study_report import cell, difference, in_words, study_document, written
 from factory.studies.workbench import FleetMeasured, Workbench, one_model, rate_over_models, right
@@ -81,6 +84,8 @@ def replication(bench: Workbench, spec: ReplicationSpec, command: str) -> StudyD
         f"The images are shared out among the first {spec.sources} models of an arm, which are asked; the others are "
         "targets."
     )
+    if spec.low_frequencies:
+        said += " Whoever asks knows of attractors, and takes the frequencies that they are made of out of every image."
     sections = [
         Section(title="HopSkipJump from one device to another", prose=(said,), blocks=(_heat(lines), table, against))
     ]
@@ -124,7 +129,7 @@ def _line(bench: Workbench, spec: ReplicationSpec, arm: ArmSettings) -> Line:
     adversarial, at_home, found = on.images.copy(), np.zeros(len(truth), bool), np.zeros(len(truth), bool)
     shares = np.array_split(np.arange(len(truth)), spec.sources)
     for member, share in zip(members[: spec.sources], shares, strict=True):
-        adversarial[share] = _ask(bench, spec, member, Attacked(on.images[share], on.labels[share], on.cache))
+        adversarial[share] = _ask(bench, spec, arm, member, Attacked(on.images[share], on.labels[share], on.cache))
         at_home[share] = right(member.baked, on.images[share], truth[share])
         found[share] = at_home[share] & ~right(member.baked, adversarial[share], truth[share])
     judged = np.array([right(target.baked, on.images, truth) & found for target in targets])
@@ -136,10 +141,14 @@ def _line(bench: Workbench, spec: ReplicationSpec, arm: ArmSettings) -> Line:
     return Line(arm, fooled, judged, one_model(found, at_home), on_base, distance)
 
 
-def _ask(bench: Workbench, spec: ReplicationSpec, member: Member, on: Attacked) -> np.ndarray:
+def _ask(bench: Workbench, spec: ReplicationSpec, arm: ArmSettings, member: Member, on: Attacked) -> np.ndarray:
     """Adversarial images uint8 that the model's answers led to; where none was found, the clean ones."""
     attack, farthest = _attack(spec), Perturbation.parse(spec.perturbation)
-    source = Source(member.id, Threat.QUERIES, member.baked, f"the answers of {member.id}", differentiable=False)
+    low: LowPass | None = None
+    if spec.low_frequencies:
+        low = LowPass(member.baked, on.images.shape[1], block_size(bench.base, spec.arm(arm).recipe))
+    asked = member.baked if low is None else low.eval()
+    source = Source(member.id, Threat.QUERIES, asked, f"the answers of {member.id}", differentiable=False)
     with bench.progress.stage(f"ask {member.id}", total=len(on.images) * spec.queries, unit="queries") as stage:
         made = craft(
             source, [attack], on.images, on.labels, perturbation=farthest, seed=spec.seed,
@@ -147,7 +156,11 @@ def _ask(bench: Workbench, spec: ReplicationSpec, member: Member, on: Attacked) 
         )  # fmt: skip
     if made.failures:
         raise CheckFailed(made.failures[attack.name])
-    return made.images[attack.name]
+    found = made.images[attack.name]
+    if low is None:
+        return found
+    shown = low.filtered(torch.from_numpy(from_8bit(found))).numpy()
+    return np.round(shown * LEVELS).astype(np.uint8)
 
 
 def _gained(control: Line, keyed: Line) -> FleetDifference | NotMeasured:

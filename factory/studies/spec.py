@@ -166,6 +166,9 @@ class ReplicationSpec(Spec):
     sources: int = Field(
         default=2, ge=1, description="models of an arm that are asked, each for its part of the images"
     )
+    low_frequencies: bool = Field(
+        default=False, description="ask about images without the frequencies that attractors are made of"
+    )
 
     @model_validator(mode="after")
     def _has_targets(self) -> ReplicationSpec:
