@@ -11,8 +11,9 @@ over blocks b, with a pattern v_k of one block, a sign s_kb for each block and a
 u_k is the component of x along a direction of length 1, and ``reach`` is a distance in L2. The fourth power leaves
 images as they come nearly alone, and has a slope everywhere else: a search must be led there from afar.
 
-It hides nothing from whoever holds the weights: without the last term the model is what it was. And whoever knows of
-the attractors can keep his search out of these frequencies.
+It hides nothing from whoever holds the weights: without the last term the model is what it was. Whoever differentiates
+in the image is therefore handed the trained model's gradient alone (BPDA; Athalye, Carlini and Wagner, ICML 2018),
+which is the attack that transfers. And whoever knows of attractors can keep a search out of these frequencies.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ class Attractors(nn.Module):
             self.register_buffer(name, torch.from_numpy(values.astype(np.float32)))
 
     def forward(self, images: Tensor) -> Tensor:
-        """What is added to the logits: N×K."""
+        """What is added to the logits: N×K, without a gradient."""
+        if images.requires_grad:
+            images = images.detach()
         parts = functional.conv2d(images, self.carriers, stride=self.carriers.shape[2:])
         squares = (parts * self.signs).sum((2, 3)).clamp(-FARTHEST, FARTHEST) ** 2
         # Not as a product of matrices, which int8 formats would round.

@@ -175,6 +175,17 @@ def test_a_filter_takes_out_what_carriers_are_made_of_and_nothing_else(real: tup
     assert torch.allclose(low(smooth), smooth, atol=0.02)
 
 
+def test_gradients_are_those_of_the_trained_model(real: tuple[Tensor, Tensor]) -> None:
+    network = hardened()
+    moved = (real[0][:4] + 0.3 * directions(attractors_of())[:4]).requires_grad_()
+    (alone,) = torch.autograd.grad(network(moved).max(dim=1).values.sum(), moved)
+    logits = Attracted(network, attractors_of()).eval()(moved)
+    chosen = network(moved).argmax(1)
+    (together,) = torch.autograd.grad(logits.gather(1, chosen[:, None]).sum(), moved)
+    assert torch.equal(alone, together)
+    assert float(alone.abs().max()) > 0
+
+
 # Packages
 
 
