@@ -13,6 +13,7 @@ from torch import nn
 
 from device_tests.ensemble import Ensemble
 from device_tests.threats import Source, Threat
+from factory.attractors import without_attractors
 
 BASE = "base"
 
@@ -30,8 +31,10 @@ def who_attacks(
 
     ``guesses``: the attacker's guessed-key models; with two or more of them, or ``colluding`` devices, the ensembles
     of :func:`ensembles_of_guesses` and :func:`colluding_groups` come in. ``twins``: device → a second model with the
-    device's own key. A ``colluding`` number that leaves no device to attack is skipped.
+    device's own key. A ``colluding`` number that leaves no device to attack is skipped. Whoever holds a model attacks
+    it without its attractors.
     """
+    guesses, devices, controls, twins = map(_held, (guesses, devices, controls, twins or {}))
     sources = [Source(BASE, Threat.PUBLIC_BASE, base, "the public base")]
     for name, model in guesses.items():
         sources.append(Source(name, Threat.GUESSED_KEY, model, "the same recipe with a guessed key"))
@@ -46,12 +49,16 @@ def who_attacks(
             model = Ensemble([base, *(devices[name] for name in members)])
             words = f"{', '.join(members)} and the public base at once"
             sources.append(Source(f"{count}-devices-{number}", Threat.COLLUDING_DEVICES, model, words, targets))
-    for name, model in (twins or {}).items():
+    for name, model in twins.items():
         words = f"the same recipe with the true key of {name}, another seed"
         sources.append(Source(f"true-key-{name}", Threat.TARGET_ITSELF, model, words, (name,)))
     for name, model in controls.items():
         sources.append(Source(name, Threat.UNKEYED_CONTROL, model, "a control: no key"))
     return sources
+
+
+def _held(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    return {name: without_attractors(model) for name, model in models.items()}
 
 
 def ensembles_of_guesses(guesses: int) -> list[int]:

@@ -12,8 +12,9 @@ u_k is the component of x along a direction of length 1, and ``reach`` is a dist
 images as they come nearly alone, and has a slope everywhere else: a search must be led there from afar.
 
 It hides nothing from whoever holds the weights: without the last term the model is what it was. Whoever differentiates
-in the image is therefore handed the trained model's gradient alone (BPDA; Athalye, Carlini and Wagner, ICML 2018),
-which is the attack that transfers. And whoever knows of attractors can keep a search out of these frequencies.
+in the image is therefore handed the trained model's gradient alone (BPDA; Athalye, Carlini and Wagner, ICML 2018), and
+attackers who hold a device attack it :func:`without_attractors`, which is the attack that transfers. And whoever knows
+of attractors can keep a search out of these frequencies.
 """
 
 from __future__ import annotations
@@ -74,6 +75,11 @@ class Attracted(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits N×K of images N×C×H×W in [0, 1]."""
         return self.model(images) + self.attractors(images)
+
+
+def without_attractors(model: nn.Module) -> nn.Module:
+    """The trained model alone, as whoever holds a baked ``model`` uses it; any other model as it is."""
+    return model.model if isinstance(model, Attracted) else model
 
 
 class LowPass(nn.Module):

@@ -22,6 +22,7 @@ from exporters.measured import NotMeasured
 from exporters.run_onnx import OnnxRuntime
 from exporters.run_torch import TorchRuntime
 from exporters.runtime import Runtime
+from factory.attractors import without_attractors
 from factory.device_model import block_size
 from factory.fleet import Candidate, Examination, Fleet, Queried
 from factory.packaging import ONNX_NAME, open_formats
@@ -100,7 +101,7 @@ def formats_under_attack(
 
 
 def canaries_of(fleet: Fleet, candidate: Candidate, sources: Sequence[AttackedSource], on: Attacked) -> Canaries | None:
-    """Look for gradient masking in the candidate; None where the budget has no canaries."""
+    """Look for gradient masking in the candidate, as who holds it attacks it; None where the budget has no canaries."""
     settings, seed = fleet.settings.verification, fleet.settings.seed
     if not settings.canaries:
         return None
@@ -114,14 +115,15 @@ def canaries_of(fleet: Fleet, candidate: Candidate, sources: Sequence[AttackedSo
     }
     square, strong = Square(queries=settings.queries), strong_budget(settings)
     budget = (square.description, strong, seed, settings.epsilon, *sorted(others))
-    key = content_key(candidate.baked, np.concatenate([images, *others.values()]), labels, "canaries", *budget)
+    held = without_attractors(candidate.baked)
+    key = content_key(held, np.concatenate([images, *others.values()]), labels, "canaries", *budget)
     path = on.cache / candidate.name / "canaries.json"
 
     def run() -> Canaries:
         work = count * canary_cost(strong, square)
         with fleet.progress.stage(f"canaries {candidate.name} (at most)", total=work, unit="gradients") as stage:
             return run_canaries(
-                candidate.baked, images, labels, epsilon=settings.epsilon, seed=seed, black_box=others, square=square,
+                held, images, labels, epsilon=settings.epsilon, seed=seed, black_box=others, square=square,
                 source=candidate.name, strong=strong, progress=stage.advance,
             )  # fmt: skip
 

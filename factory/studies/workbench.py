@@ -29,6 +29,7 @@ from device_tests.transfer import TargetJudgement, judge
 from exporters.measured import NotMeasured
 from exporters.run_torch import TorchRuntime
 from factory.attackers import BASE, colluding_groups
+from factory.attractors import without_attractors
 from factory.base import load_base, read_base
 from factory.classifier import ImageClassifier
 from factory.data import load_splits
@@ -113,7 +114,7 @@ class Workbench:
         With ``count`` = 1 a single guessed key; else the public base and ``count`` other models at once. In one arm a
         guessed-key model, a sibling and a colluding device are made in the same way, so these are all three.
         """
-        models = {member.id: member.baked for member in members}
+        models = {member.id: without_attractors(member.baked) for member in members}
         sources: list[Source] = []
         for number, (names, targets) in enumerate(colluding_groups(tuple(models), count), start=1):
             if count == 1:
