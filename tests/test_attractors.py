@@ -17,6 +17,7 @@ from exporters.formats import FORMATS
 from exporters.run_coreml import CoreMLEvaluator
 from exporters.run_onnx import OnnxRuntime
 from factory.adapter_package import export_base_package
+from factory.attackers import who_attacks
 from factory.attractors import FARTHEST, Attracted, Attractors, LowPass
 from factory.base import Base, load_base
 from factory.classifier import ImageClassifier
@@ -184,6 +185,18 @@ def test_gradients_are_those_of_the_trained_model(real: tuple[Tensor, Tensor]) -
     (together,) = torch.autograd.grad(logits.gather(1, chosen[:, None]).sum(), moved)
     assert torch.equal(alone, together)
     assert float(alone.abs().max()) > 0
+
+
+def test_whoever_holds_models_attacks_them_without_attractors() -> None:
+    network = torch.nn.Identity()
+    attracted = {name: Attracted(network, attractors_of(fixed_guess(name))) for name in ("a", "b", "c")}
+    sources = who_attacks(
+        torch.nn.Identity(), {"guess": attracted["a"]}, attracted, {"control": attracted["b"]}, colluding=[2]
+    )
+    held = {source.id: source.model for source in sources}
+    assert all(held[name] is network for name in ("guess", "a", "b", "c", "control"))
+    group = held["2-devices-1"]
+    assert not any(isinstance(part, Attractors) for part in group.modules())
 
 
 # Packages
