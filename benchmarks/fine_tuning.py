@@ -82,7 +82,9 @@ def main(arguments: list[str] | None = None) -> int:
     made.add_argument("--figure", type=Path, help="draw the cost per device to this SVG file")
     asked = made.parse_args(arguments)
     torch.set_num_threads(asked.threads)
-    fleets = {f"preset {name}": preset_settings(name) for name in presets()}
+    # Attractors train nothing: with them a fleet is trained as without.
+    every = {f"preset {name}": preset_settings(name) for name in presets()}
+    fleets = {name: fleet for name, fleet in every.items() if fleet.recipe.attractors is None}
     architecture = read_base(fleets[PLAIN].base).architecture
     splits = load_splits(DataSettings(), architecture.contract, Path(), Progress(quiet=True))
     few = Splits(
