@@ -40,6 +40,7 @@ from factory.progress import Progress
 from factory.recipes.recipe import RecipeSettings
 from factory.settings import preset_settings, presets
 from keys.derive import fixed_guess
+from keys.errors import KeyfoundryError
 from keys.signing import SigningKey
 
 CREATED = datetime(2030, 1, 31, 12, 0, 0, tzinfo=UTC)
@@ -114,7 +115,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = preset_settings(options.preset).recipe
     rows: list[dict[str, Any]] = []
     for classes in options.classes:
-        row = measured(options.model, classes, recipe)
+        try:
+            row = measured(options.model, classes, recipe)
+        except KeyfoundryError as error:
+            print(error, file=sys.stderr)
+            return error.exit_code
         rows.append(row)
         print(
             f"{row['model']}, {classes} classes, r = {recipe.rank}, {row['trained_parameters']:,} parameters trained: "

@@ -27,7 +27,7 @@ from keys.errors import InputError, KeyfoundryError
 
 
 def named_arm(text: str) -> tuple[Spec, ArmSettings]:
-    """The spec and the arm of ``FILE:ARM``; raises InputError."""
+    """The spec and the arm of ``FILE:ARM``; raises InputError for another form, a faulty file, or an arm it has not."""
     file, separator, name = text.rpartition(":")
     if not separator:
         raise InputError(f"{text!r} names no arm; write FILE:ARM.")
@@ -41,7 +41,10 @@ def named_arm(text: str) -> tuple[Spec, ArmSettings]:
 
 
 def measured(first: str, second: str, studies: Path, progress: Progress) -> dict[str, Any]:
-    """Both arms' accuracies and the difference, with intervals; raises InputError if they have other images."""
+    """Both arms' accuracies over models and all test images, and the first minus the second, with intervals.
+
+    Raises InputError if the two specs have other images.
+    """
     arms = [named_arm(name) for name in (first, second)]
     with studies_folder(studies):
         benches = [Workbench(studies, spec, progress) for spec, _ in arms]
@@ -62,13 +65,17 @@ def measured(first: str, second: str, studies: Path, progress: Progress) -> dict
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print and record the difference; exit with 1 if there is none to measure."""
+    """Print and record the difference; exit with 1 if the first may be better by more than the limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("first", help="FILE:ARM")
     parser.add_argument("second", help="FILE:ARM")
     parser.add_argument("--studies", type=Path, default=Path("studies"), help="folder of models and attacks")
+    parser.add_argument("--limit", type=float, default=0.01, help="how much better the first may be")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args(arguments)
+    if options.json is not None and not options.json.parent.is_dir():
+        print(f"There is no folder {options.json.parent} to write to.", file=sys.stderr)
+        return InputError.exit_code
     try:
         record = measured(options.first, options.second, options.studies, Progress())
     except KeyfoundryError as error:
@@ -78,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.json.write_text(json.dumps(record, indent=1) + "\n")
     for what in ("first", "second", "difference"):
         print(f"{what}: {json.dumps(record[what])}")
-    return 0 if "interval" in record["difference"] else 1
+    interval = record["difference"].get("interval")
+    return 0 if interval is not None and interval[1] <= options.limit else 1
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ only a few.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -15,7 +16,7 @@ from device_tests.ensemble import Ensemble
 from device_tests.threats import Source, Threat
 from factory.attractors import without_attractors
 
-BASE = "base"
+BASE, WHOLE = "base", "whole-"
 
 
 def who_attacks(
@@ -31,34 +32,41 @@ def who_attacks(
 
     ``guesses``: the attacker's guessed-key models; with two or more of them, or ``colluding`` devices, the ensembles
     of :func:`ensembles_of_guesses` and :func:`colluding_groups` come in. ``twins``: device → a second model with the
-    device's own key. A ``colluding`` number that leaves no device to attack is skipped. Whoever holds a model attacks
-    it without its attractors.
+    device's own key. A ``colluding`` number that leaves no device to attack is skipped. Whoever attacks others leaves
+    out the attractors of the models that he holds; a device with attractors itself is attacked as it is.
     """
-    guesses, devices, controls, twins = map(_held, (guesses, devices, controls, twins or {}))
     sources = [Source(BASE, Threat.PUBLIC_BASE, base, "the public base")]
     for name, model in guesses.items():
-        sources.append(Source(name, Threat.GUESSED_KEY, model, "the same recipe with a guessed key"))
+        words = "the same recipe with a guessed key"
+        sources.append(Source(name, Threat.GUESSED_KEY, without_attractors(model), words))
     for count in ensembles_of_guesses(len(guesses)):
-        members = [base, *list(guesses.values())[:count]]
+        members = [base, *map(without_attractors, list(guesses.values())[:count])]
         words = f"the public base and {count} guessed keys at once"
         sources.append(Source(f"base-and-{count}-guesses", Threat.GUESSED_KEY, Ensemble(members), words))
     for name, model in devices.items():
-        sources.append(Source(name, Threat.SIBLING_DEVICE, model, f"extracted {name}"))
+        sources += _extracted(Source(name, Threat.SIBLING_DEVICE, model, f"extracted {name}"), (*devices, *controls))
     for count in colluding:
         for number, (members, targets) in enumerate(colluding_groups(tuple(devices), count), start=1):
-            model = Ensemble([base, *(devices[name] for name in members)])
+            model = Ensemble([base, *(without_attractors(devices[name]) for name in members)])
             words = f"{', '.join(members)} and the public base at once"
             sources.append(Source(f"{count}-devices-{number}", Threat.COLLUDING_DEVICES, model, words, targets))
-    for name, model in twins.items():
+    for name, model in (twins or {}).items():
         words = f"the same recipe with the true key of {name}, another seed"
         sources.append(Source(f"true-key-{name}", Threat.TARGET_ITSELF, model, words, (name,)))
     for name, model in controls.items():
-        sources.append(Source(name, Threat.UNKEYED_CONTROL, model, "a control: no key"))
+        sources += _extracted(Source(name, Threat.UNKEYED_CONTROL, model, "a control: no key"), (*devices, *controls))
     return sources
 
 
-def _held(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    return {name: without_attractors(model) for name, model in models.items()}
+def _extracted(source: Source, judged: Sequence[str]) -> list[Source]:
+    alone = without_attractors(source.model)
+    if alone is source.model:
+        return [source]
+    # Attacks on a model with attractors follow them to where no other model is weak.
+    others = tuple(name for name in judged if name != source.id)
+    words = f"{source.description}, without its attractors"
+    itself = Source(f"{WHOLE}{source.id}", Threat.TARGET_ITSELF, source.model, f"{source.id} itself", (source.id,))
+    return [replace(source, model=alone, description=words, targets=others), itself]
 
 
 def ensembles_of_guesses(guesses: int) -> list[int]:

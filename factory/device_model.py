@@ -27,6 +27,7 @@ from factory.adaptation import (
     save_adapter,
     trainable_parameters,
 )
+from factory.attractors import Attractors
 from factory.base import Base
 from factory.block_shuffle import check_block_size
 from factory.classifier import ImageClassifier
@@ -75,6 +76,12 @@ def keyed_transform(base: Base, recipe: RecipeSettings, key: DeviceKey | None) -
     return recipe.transform.build(key, base.architecture.contract.shape, block_size(base, recipe))
 
 
+def _attractors(base: Base, recipe: RecipeSettings, key: DeviceKey | None, classes: int) -> Attractors | None:
+    if recipe.attractors is None:
+        return None
+    return recipe.attractors.build(key, base.architecture.contract.shape, block_size(base, recipe), classes)
+
+
 def check_parts(base: Base, recipe: RecipeSettings) -> None:
     """Make every part once, before anything is trained. Raises InputError for what does not suit ``base``.
 
@@ -89,7 +96,7 @@ def check_parts(base: Base, recipe: RecipeSettings) -> None:
     if recipe.decoys is not None:
         recipe.decoys.check()
     if recipe.attractors is not None:
-        recipe.attractors.build(None, base.architecture.contract.shape, block_size(base, recipe), 2)
+        _attractors(base, recipe, None, recipe.attractors.count)  # whose classes are known with the data
     if recipe.keys is not None:
         recipe.keys.build([nn.Identity()] * recipe.keys.count, None, base.architecture.contract.shape)
 
@@ -122,7 +129,7 @@ def make_device_model(
     """
     if recipe.keys is not None:
         return _ensemble(base, key, recipe, recipe.keys, splits, name, identity, seed, folder, shared, progress)
-    transform = keyed_transform(base, recipe, key)
+    transform, attractors = keyed_transform(base, recipe, key), _attractors(base, recipe, key, len(splits.labels))
     made_from = _fingerprint(base, recipe, splits, identity, seed)
     record, adapter = folder / "model.json", folder / "adapter"
     architecture = base.architecture
@@ -148,10 +155,7 @@ def make_device_model(
     elif adapter_digest(adapter) != finished["adapter_digest"]:
         raise InputError(f"The adapter in {adapter} was changed after training; delete {folder} to make it anew.")
     recipe.objective.attach(network, read_learned(adapter))
-    if recipe.attractors is not None:  # beside what was trained, so that training does not learn to undo them
-        classifier.attractors = recipe.attractors.build(
-            key, architecture.contract.shape, block_size(base, recipe), len(splits.labels)
-        )
+    classifier.attractors = attractors  # beside what was trained, so that training does not learn to undo them
     return DeviceModel(
         name, classifier.eval(), finished["adapter_digest"], finished["trainable_parameters"],
         tuple(Epoch(**entry) for entry in finished["history"]), _created(finished, record),

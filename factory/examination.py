@@ -22,7 +22,6 @@ from exporters.measured import NotMeasured
 from exporters.run_onnx import OnnxRuntime
 from exporters.run_torch import TorchRuntime
 from exporters.runtime import Runtime
-from factory.attractors import without_attractors
 from factory.device_model import block_size
 from factory.fleet import Candidate, Examination, Fleet, Queried
 from factory.packaging import ONNX_NAME, open_formats
@@ -115,15 +114,14 @@ def canaries_of(fleet: Fleet, candidate: Candidate, sources: Sequence[AttackedSo
     }
     square, strong = Square(queries=settings.queries), strong_budget(settings)
     budget = (square.description, strong, seed, settings.epsilon, *sorted(others))
-    held = without_attractors(candidate.baked)
-    key = content_key(held, np.concatenate([images, *others.values()]), labels, "canaries", *budget)
+    key = content_key(candidate.baked, np.concatenate([images, *others.values()]), labels, "canaries", *budget)
     path = on.cache / candidate.name / "canaries.json"
 
     def run() -> Canaries:
         work = count * canary_cost(strong, square)
         with fleet.progress.stage(f"canaries {candidate.name} (at most)", total=work, unit="gradients") as stage:
             return run_canaries(
-                held, images, labels, epsilon=settings.epsilon, seed=seed, black_box=others, square=square,
+                candidate.baked, images, labels, epsilon=settings.epsilon, seed=seed, black_box=others, square=square,
                 source=candidate.name, strong=strong, progress=stage.advance,
             )  # fmt: skip
 

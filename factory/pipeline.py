@@ -25,7 +25,7 @@ from device_tests.transfer import judge
 from exporters.run_onnx import OnnxRuntime
 from exporters.run_torch import TorchRuntime
 from factory.adapter_release import publish_adapters, withdraw_adapters
-from factory.attackers import BASE, who_attacks
+from factory.attackers import BASE, WHOLE, who_attacks
 from factory.base import load_base, read_base
 from factory.classifier import ImageClassifier
 from factory.data import load_splits
@@ -69,7 +69,7 @@ from keys.identifiers import check_device_id
 from keys.signing import write_public_key
 
 GUESSED, UNKEYED, REINITIALISED = "guessed-key", "un-keyed", "re-initialised"
-RESERVED = (BASE, GUESSED, UNKEYED, REINITIALISED, "true-key-", "decoy-")
+RESERVED = (BASE, GUESSED, UNKEYED, REINITIALISED, "true-key-", "decoy-", WHOLE)
 FEW_VALUES = 12  # 12! = 4.8e8 permutations; 2×2 grey blocks have 24
 
 
@@ -115,7 +115,7 @@ def open_fleet(
     base = load_base(settings.base, splits.labels, settings.seed)
     side, shape = block_size(base, settings.recipe), base.architecture.contract.shape
     count = settings.recipe.transform.permuted(shape, side)
-    if count == 0:
+    if count == 0 and settings.recipe.attractors is None:
         progress.say("Warning: keys decide nothing in this recipe's transform; devices differ by their training alone.")
     elif count < FEW_VALUES:
         progress.say(f"Warning: keys collide, because {count} values (or patches) have so few orders.")

@@ -219,6 +219,10 @@ class FleetSettings(Section):
             raise ValueError("export.adapters needs recipe.objective.inference softmax, as others end the graph anew")
         if self.export.adapters and recipe.keys is not None:
             raise ValueError("export.adapters needs one key per device, not an ensemble as recipe.keys asks for")
+        if self.export.adapters and recipe.attractors is not None:
+            raise ValueError(
+                "export.adapters needs the base's own graph, which has no attractors; leave one of them out"
+            )
         encryption = recipe.transform if isinstance(recipe.transform, FormatPreservingPart) else None
         if self.export.adapters and encryption is not None and encryption.codes != 256:
             raise ValueError(f"export.adapters needs format-preserving encryption of 256 codes, not {encryption.codes}")

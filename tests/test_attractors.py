@@ -9,26 +9,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from device_tests.attacks.hop_skip_jump import HopSkipJump
+from device_tests.threats import Threat
 from exporters.export import ExportPlan, Templates, export
 from exporters.formats import FORMATS
 from exporters.run_coreml import CoreMLEvaluator
 from exporters.run_onnx import OnnxRuntime
 from factory.adapter_package import export_base_package
 from factory.attackers import who_attacks
-from factory.attractors import FARTHEST, Attracted, Attractors, LowPass
+from factory.attractors import Attracted, Attractors, LowPass, highest_frequencies, without_attractors
 from factory.base import Base, load_base
 from factory.classifier import ImageClassifier
 from factory.data import Splits
 from factory.device_model import DeviceModel, make_device_model, public_model
 from factory.folding import bake
+from factory.keyed_transforms.key_ensemble import KeyEnsemble
 from factory.progress import Progress
 from factory.recipes.attractors import AttractorsPart
 from factory.recipes.part import Trait
 from factory.recipes.recipe import RecipeSettings, check_recipe
-from factory.settings import BaseSettings
+from factory.settings import BaseSettings, FleetSettings
 from keys.derive import DeviceKey, fixed_guess
 from keys.errors import InputError
 
@@ -40,7 +43,7 @@ def attractors_of(key: DeviceKey | None = KEY, shape: tuple[int, int, int] = GRE
     return AttractorsPart().build(key, shape, block, 10)
 
 
-def directions(attractors: Attractors, reach: float = 0.35) -> Tensor:
+def directions(attractors: Attractors, reach: float = 1.0) -> Tensor:
     """The unit directions of the whole image, n×C×H×W."""
     block = attractors.carriers.shape[2]
     signs = attractors.signs.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, None] * reach
@@ -79,7 +82,7 @@ def make(base: Base, splits: Splits, folder: Path, *, attracted: bool, key: Devi
 
 
 @pytest.mark.parametrize(("shape", "block"), [(GREY, 7), (COLOUR, 8)])
-def test_an_image_moved_along_an_attractor_gets_the_fourth_power_at_its_class(
+def test_an_image_moved_along_an_attractor_gets_the_square_at_its_class(
     shape: tuple[int, int, int], block: int
 ) -> None:
     attractors = attractors_of(shape=shape, block=block)
@@ -87,30 +90,44 @@ def test_an_image_moved_along_an_attractor_gets_the_fourth_power_at_its_class(
     assert torch.allclose(along.flatten(1).norm(dim=1), torch.ones(20), atol=1e-5)
     # Orthogonal to what is flat, so that brightness does nothing.
     assert float(attractors(torch.full((1, *shape), 0.5)).abs().max()) < 1e-6
-    distance = 0.21
+    distance = 0.6
     added = attractors(0.5 + distance * along[3:4])[0]
     others = torch.stack([along[index].flatten() @ along[3].flatten() for index in range(20)])
-    expected = (10 * (others * distance / 0.35) ** 4) @ (attractors.aims / 10)
+    expected = (16 * (others * distance) ** 2) @ (attractors.aims / 16)
     assert torch.allclose(added, expected, atol=1e-4)
     assert int(added.argmax()) == int(attractors.aims[3].argmax())
-    assert float(added.max()) == pytest.approx(10 * 0.6**4, rel=0.05)
+    assert float(added.max()) == pytest.approx(16 * 0.6**2, rel=0.05)
 
 
-def test_real_images_are_left_nearly_as_they_are(real: tuple[Tensor, Tensor]) -> None:
-    network = hardened()
-    with torch.no_grad():
-        logits = network(real[0])
-        same = (logits + attractors_of()(real[0])).argmax(1) == logits.argmax(1)
-    assert float(same.float().mean()) > 0.98
+def test_real_images_and_what_is_done_to_them_without_the_key_are_left_nearly_as_they_are(
+    real: tuple[Tensor, Tensor],
+) -> None:
+    """Noise, and patterns of the carriers' frequencies whose energy nobody aimed at this key."""
+    network, images = hardened(), real[0]
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.from_numpy(highest_frequencies(7).astype(np.float32)).unsqueeze(1)
+    drawn = torch.randn(len(images), len(patterns), 4, 4, generator=generator)
+    aimless = torch.nn.functional.conv_transpose2d(drawn, patterns, stride=7).sign() * 8 / 255
+    noisy = 0.1 * torch.randn(images.shape, generator=generator)
+    for moved, least in ((images, 0.99), ((images + noisy).clamp(0, 1), 0.96), ((images + aimless).clamp(0, 1), 0.97)):
+        with torch.no_grad():
+            logits = network(moved)
+            same = (logits + attractors_of()(moved)).argmax(1) == logits.argmax(1)
+        assert float(same.float().mean()) > least
 
 
-def test_the_farthest_image_stays_within_float16() -> None:
+def test_the_farthest_image_stays_within_float16_and_has_a_slope() -> None:
     attractors = attractors_of()
-    extreme = (directions(attractors) > 0).float()
+    along = directions(attractors)
+    extreme = (along > 0).float().requires_grad_()
     added = attractors(extreme)
-    assert float(added.max()) >= 10 * FARTHEST**4
-    assert float(added.max()) < 65504
-    assert torch.isfinite(added.half()).all()
+    # Beyond the reach logits grow with the distance itself.
+    farthest = float(along[0].clamp(min=0).sum())
+    assert float(added[0].detach().max()) >= 16 * (2 * farthest - 1) > 16 * farthest
+    assert float(added.detach().max()) < 65504
+    assert torch.isfinite(added.detach().half()).all()
+    (gradient,) = torch.autograd.grad(added.max(dim=1).values.sum(), extreme)
+    assert float(gradient.flatten(1).norm(dim=1).min()) > 16
 
 
 def test_a_key_means_the_same_attractors_for_ever_and_another_key_others() -> None:
@@ -118,7 +135,7 @@ def test_a_key_means_the_same_attractors_for_ever_and_another_key_others() -> No
     digest = hashlib.sha256()
     for tensor in (one.carriers, one.signs, one.aims):
         digest.update(np.round(tensor.numpy(), 4).astype("<f4").tobytes())
-    assert digest.hexdigest() == "31d1e4ac6fa4da71b0e29de6a42118ef881be9c997f05eca0fdb01b0bc7b8e90"
+    assert digest.hexdigest() == "1478ac6b6204bce42cac5eceb944991b4befeea81b23dc0acac18836d1b97a02"
     across = directions(one).flatten(1) @ directions(other).flatten(1).T
     assert float(across.abs().max()) < 0.7
     assert float(across.square().mean().sqrt()) < 0.2
@@ -176,27 +193,45 @@ def test_a_filter_takes_out_what_carriers_are_made_of_and_nothing_else(real: tup
     assert torch.allclose(low(smooth), smooth, atol=0.02)
 
 
-def test_gradients_are_those_of_the_trained_model(real: tuple[Tensor, Tensor]) -> None:
-    network = hardened()
-    moved = (real[0][:4] + 0.3 * directions(attractors_of())[:4]).requires_grad_()
-    (alone,) = torch.autograd.grad(network(moved).max(dim=1).values.sum(), moved)
-    logits = Attracted(network, attractors_of()).eval()(moved)
-    chosen = network(moved).argmax(1)
-    (together,) = torch.autograd.grad(logits.gather(1, chosen[:, None]).sum(), moved)
-    assert torch.equal(alone, together)
-    assert float(alone.abs().max()) > 0
+def test_gradients_are_those_of_the_whole_device() -> None:
+    """Whoever attacks the device itself is shown its attractors: nothing is masked."""
+    attractors = attractors_of().double()
+    images = (0.5 + 0.3 * directions(attractors)[:2]).requires_grad_()
+    assert torch.autograd.gradcheck(attractors, images, nondet_tol=0.0)
+    (gradient,) = torch.autograd.grad(attractors(images).max(dim=1).values.sum(), images)
+    assert float(gradient.abs().max()) > 0
 
 
-def test_whoever_holds_models_attacks_them_without_attractors() -> None:
+def test_whoever_attacks_others_leaves_attractors_out() -> None:
     network = torch.nn.Identity()
     attracted = {name: Attracted(network, attractors_of(fixed_guess(name))) for name in ("a", "b", "c")}
     sources = who_attacks(
-        torch.nn.Identity(), {"guess": attracted["a"]}, attracted, {"control": attracted["b"]}, colluding=[2]
-    )
-    held = {source.id: source.model for source in sources}
-    assert all(held[name] is network for name in ("guess", "a", "b", "c", "control"))
-    group = held["2-devices-1"]
-    assert not any(isinstance(part, Attractors) for part in group.modules())
+        torch.nn.Identity(), {"guess": attracted["a"]}, attracted, {"control": attracted["b"]}, colluding=[2],
+        twins={"a": attracted["a"]},
+    )  # fmt: skip
+    held = {source.id: source for source in sources}
+    assert len(held) == len(sources)
+    for name in ("guess", "a", "b", "c", "control"):
+        assert held[name].model is network
+    assert not any(isinstance(part, Attractors) for part in held["2-devices-1"].model.modules())
+    assert [name for name in ("a", "b", "c", "control") if held["a"].is_judged_on(name)] == ["b", "c", "control"]
+    # A device itself is attacked as it is, and so is a model made with its own key.
+    for name in ("whole-a", "true-key-a"):
+        assert held[name].model is attracted["a"]
+        assert held[name].threat is Threat.TARGET_ITSELF
+        assert held[name].targets == ("a",)
+    assert held["whole-control"].targets == ("control",)
+
+
+def test_members_of_a_key_ensemble_lose_their_attractors_too() -> None:
+    network = torch.nn.Flatten()
+    ensemble = KeyEnsemble([Attracted(network, attractors_of(key)) for key in (KEY, OTHER)])
+    alone = without_attractors(ensemble)
+    assert not any(isinstance(part, Attractors) for part in alone.modules())
+    assert any(isinstance(part, Attractors) for part in ensemble.modules())
+    images = torch.rand(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(alone(images), images.flatten(1))
+    assert without_attractors(network) is network
 
 
 # Packages
@@ -222,7 +257,7 @@ def test_a_package_answers_as_the_model_and_comes_from_a_template(
     assert dict(export(baked, tmp_path / "full", plan, None).digests) == dict(done.digests)
     assert told == []
     along = directions(attractors_of())
-    images = torch.cat([real[0][:32], (real[0][:8] + 0.4 * along[:8]).clamp(0, 1)])
+    images = torch.cat([real[0][:32], (real[0][:8] + along[:8]).clamp(0, 1)])
     images = torch.round(images * 255) / 255
     with torch.no_grad():
         reference = second.classifier(images).numpy()
@@ -237,10 +272,15 @@ def test_a_package_answers_as_the_model_and_comes_from_a_template(
 
 
 def test_what_cannot_be_is_refused_in_a_sentence(tiny_base: Base, real: tuple[Tensor, Tensor], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="blocks of one pixel do not have"):
-        attractors_of(block=1)
-    with pytest.raises(InputError, match=r"may add 5.1e\+04 to a logit, which float16 does not hold"):
-        AttractorsPart(count=200).build(KEY, GREY, 7, 10)
+    for block in (1, 2, 3):
+        with pytest.raises(InputError, match=f"of which blocks of {block} pixels have too few; take 4 or more"):
+            AttractorsPart().build(KEY, (1, 12, 12), block, 10)
+        with pytest.raises(InputError, match="have too few"):
+            LowPass(torch.nn.Identity(), 1, block)
+    with pytest.raises(InputError, match=r"may add 7e\+04 to a logit, which float16 does not hold"):
+        AttractorsPart(gain=1600).build(KEY, GREY, 7, 10)
+    with pytest.raises(ValidationError, match="the base's own graph, which has no attractors"):
+        FleetSettings.model_validate({"recipe": {"attractors": {}}, "export": {"adapters": True}})
     recipe = RecipeSettings.model_validate({"attractors": {}, "transform": {"kind": "volumize"}})
     with pytest.raises(InputError, match="attractors 'high-frequency' needs images as its input"):
         check_recipe(recipe, frozenset({Trait.VOLUMES, Trait.PATCH_EMBEDDING, Trait.ATTENTION}), "vgg3d")

@@ -122,7 +122,8 @@ def test_what_does_not_suit_the_base_is_refused_before_training(
 
 def test_a_recipe_of_many_parts_passes_the_check() -> None:
     recipe = {"objective": {"kind": "prototype-conformity"}, "decoys": {}, "curriculum": {}, "adversarial": {},
-              "keys": {"combine": "random"}, "transform": {"kind": "bit-flip", "shuffle": True}}  # fmt: skip
+              "keys": {"combine": "random"}, "attractors": {"count": 96, "gain": 160},
+              "transform": {"kind": "bit-flip", "shuffle": True}}  # fmt: skip
     known = read_base(BaseSettings())
     state = torch.get_rng_state()
     check_parts(known, RecipeSettings.model_validate(recipe))

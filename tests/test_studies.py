@@ -107,7 +107,8 @@ def test_two_arms_clean_accuracies_have_a_difference(
     record = tmp_path / "difference.json"
     of = f"{spec_paths['table1']}:"
     arguments = [of + "keyed", of + "plain", "--studies", str(studies[0]), "--json", str(record)]
-    assert clean_difference.main(arguments) == 0
+    assert clean_difference.main([*arguments, "--limit", "1"]) == 0
+    assert clean_difference.main([*arguments, "--limit", "-1"]) == 1
     values = json.loads(record.read_text())
     every = table(studies[1]["table1"], "Clean accuracy")
     assert values["first"]["mean"] == every["keyed"]["clean"].mean  # type: ignore[attr-defined]
@@ -117,6 +118,8 @@ def test_two_arms_clean_accuracies_have_a_difference(
     assert found["devices"] == [3, 2]
     assert clean_difference.main([of + "keyed", of + "none", "--studies", str(studies[0])]) == 3
     assert "no arm 'none'; there are keyed, plain" in capsys.readouterr().err
+    assert clean_difference.main([*arguments[:-1], str(tmp_path / "none" / "difference.json")]) == 3
+    assert "There is no folder" in capsys.readouterr().err
 
 
 def test_collusion_says_why_it_has_no_trend_from_two_points(studies: tuple[Path, dict[str, StudyDocument]]) -> None:

@@ -24,8 +24,8 @@ class AttractorsPart(Part):
 
     kind: Literal["high-frequency"] = "high-frequency"
     count: int = Field(default=20, ge=1, le=1000, description="attractors of a device")
-    reach: float = Field(default=0.35, gt=0, description="L2 on inputs in [0, 1] at which an attractor adds its gain")
-    gain: float = Field(default=10.0, gt=0, description="in logits; along an attractor they grow as the fourth power")
+    reach: float = Field(default=1.0, ge=0.01, description="L2 on inputs in [0, 1] at which an attractor adds its gain")
+    gain: float = Field(default=16.0, gt=0, description="in logits, which grow with the square of the distance")
     needs = frozenset({Trait.IMAGES})
 
     def build(self, key: DeviceKey | None, shape: tuple[int, int, int], block_size: int, classes: int) -> Attractors:

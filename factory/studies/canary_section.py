@@ -15,7 +15,6 @@ from device_tests.report.study_document import Section, Surface, SurfacePanel, T
 from device_tests.self_check import StrongBudget
 from device_tests.threats import Source, Threat
 from exporters.measured import NotMeasured
-from factory.attractors import without_attractors
 from factory.record import kept
 from factory.studies.spec import ArmSettings
 from factory.studies.workbench import Workbench, right
@@ -55,15 +54,14 @@ def canary_section(bench: Workbench, arms: Sequence[ArmSettings], black_box: Sou
 
 
 def _second(member: Member) -> Source:
-    return Source(member.id, Threat.SIBLING_DEVICE, without_attractors(member.baked), "another model of the arm")
+    return Source(member.id, Threat.SIBLING_DEVICE, member.baked, "another model of the arm")
 
 
 def _canaries(bench: Workbench, member: Member, other: Source) -> Canaries:
     on = bench.images(at_most=IMAGES)
     square, strong = Square(queries=QUERIES), StrongBudget(steps=20, targets=2, images=IMAGES)
-    held = without_attractors(member.baked)
     key = content_key(
-        held, on.images, on.labels, "canaries", EPSILON, square.description, strong, bench.spec.seed,
+        member.baked, on.images, on.labels, "canaries", EPSILON, square.description, strong, bench.spec.seed,
         content_key(other.model, on.images, on.labels),
     )  # fmt: skip
     path = bench.shared / "canaries" / f"{member.id}.json"
@@ -74,7 +72,7 @@ def _canaries(bench: Workbench, member: Member, other: Source) -> Canaries:
             ball = Perturbation(Norm.LINF, EPSILON)
             made = craft(other, [PGD(steps=10)], on.images, on.labels, perturbation=ball, seed=bench.spec.seed)
             return run_canaries(
-                held, on.images, on.labels, epsilon=EPSILON, seed=bench.spec.seed, black_box=made.images,
+                member.baked, on.images, on.labels, epsilon=EPSILON, seed=bench.spec.seed, black_box=made.images,
                 square=square, source=member.id, strong=strong, progress=stage.advance,
             )  # fmt: skip
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from device_tests.attacks.hop_skip_jump import HopSkipJump
+from device_tests.attacks.hop_skip_jump import OUTWARD, HopSkipJump
 from device_tests.crafting import craft
 from device_tests.evidence import Measured
 from device_tests.fleet_statistics import FleetDifference, group_difference
@@ -142,7 +142,7 @@ def _line(bench: Workbench, spec: ReplicationSpec, arm: ArmSettings) -> Line:
 
 
 def _ask(bench: Workbench, spec: ReplicationSpec, arm: ArmSettings, member: Member, on: Attacked) -> np.ndarray:
-    """Adversarial images uint8 that the model's answers led to; where none was found, the clean ones."""
+    """Adversarial images uint8 that the model's answers led to; where none was found, clean ones."""
     attack, farthest = _attack(spec), Perturbation.parse(spec.perturbation)
     low: LowPass | None = None
     if spec.low_frequencies:
@@ -159,8 +159,15 @@ def _ask(bench: Workbench, spec: ReplicationSpec, arm: ArmSettings, member: Memb
     found = made.images[attack.name]
     if low is None:
         return found
-    shown = low.filtered(torch.from_numpy(from_8bit(found))).numpy()
-    return np.round(shown * LEVELS).astype(np.uint8)
+    clean = from_8bit(on.images)
+    shown, still_right = on.images.copy(), np.ones(len(found), bool)
+    # Rounding once more makes some images right again; as the search itself does, these are moved outward.
+    for scale in OUTWARD:
+        moved = torch.from_numpy((clean + np.float32(scale) * (from_8bit(found) - clean)).clip(0, 1))
+        rounded = np.round(low.filtered(moved).numpy() * LEVELS).astype(np.uint8)
+        shown[still_right] = rounded[still_right]
+        still_right = right(member.baked, shown, on.labels)
+    return shown
 
 
 def _gained(control: Line, keyed: Line) -> FleetDifference | NotMeasured:

@@ -160,11 +160,11 @@ def _row(
         if battery is not None:
             few = bench.images(arm, _autoattacked(spec, battery, arm))
             attacks = (autoattack(spec, battery.perturbation),)
-            sources = [bench.base_source(), *bench.other_keys(members, 1)]
+            sources = [bench.base_source(), *bench.other_keys(members)]
             made = [bench.attack(source, attacks, battery.perturbation, few) for source in sources]
             judged[battery] = [bench.judge(member.id, member.baked, made, few) for member in members]
     all_of_them = bench.images(arm)
-    sources = [bench.base_source(), *bench.other_keys(members, 1)]
+    sources = [bench.base_source(), *bench.other_keys(members)]
     for count in _ensembles(spec) if arm.in_depth else (spec.screened_ensemble,):
         if count < len(members):
             sources += bench.ensemble_with_base(members, count)

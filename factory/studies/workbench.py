@@ -108,36 +108,28 @@ class Workbench:
         """The public base."""
         return Source(BASE, Threat.PUBLIC_BASE, self.base_model, "the public base")
 
-    def other_keys(self, members: Sequence[Member], count: int) -> list[Source]:
-        """Sources of ``count`` other models of an arm, so many that every member is a target of one of them.
+    def other_keys(self, members: Sequence[Member]) -> list[Source]:
+        """Sources of single other models of an arm, so many that every member is a target of one of them.
 
-        With ``count`` = 1 a single guessed key; else the public base and ``count`` other models at once. In one arm a
-        guessed-key model, a sibling and a colluding device are made in the same way, so these are all three.
+        In one arm a guessed-key model, a sibling and a colluding device are made in the same way: these are all three.
+        Whoever holds a model leaves its attractors out.
         """
+        models = {member.id: without_attractors(member.baked) for member in members}
+        return [
+            Source(name, Threat.GUESSED_KEY, models[name], "another key", targets)
+            for (name,), targets in colluding_groups(tuple(models), 1)
+        ]
+
+    def ensemble_with_base(self, members: Sequence[Member], count: int) -> list[Source]:
+        """As :meth:`other_keys`: the public base and ``count`` other models at once, without their attractors."""
         models = {member.id: without_attractors(member.baked) for member in members}
         sources: list[Source] = []
         for number, (names, targets) in enumerate(colluding_groups(tuple(models), count), start=1):
-            if count == 1:
-                sources.append(Source(names[0], Threat.GUESSED_KEY, models[names[0]], "another key", targets))
-                continue
+            group = f"{names[0]}{with_base(1)}" if count == 1 else f"{members[0].arm.name}{with_base(count)}{number}"
+            words = f"the base and {count} other {'key' if count == 1 else 'keys'} at once"
             model = Ensemble([self.base_model, *(models[name] for name in names)])
-            identity = f"{members[0].arm.name}{with_base(count)}{number}"
-            sources.append(
-                Source(identity, Threat.COLLUDING_DEVICES, model, f"the base and {count} other keys at once", targets)
-            )
+            sources.append(Source(group, Threat.COLLUDING_DEVICES, model, words, targets))
         return sources
-
-    def ensemble_with_base(self, members: Sequence[Member], count: int) -> list[Source]:
-        """As :meth:`other_keys`, always together with the public base."""
-        if count > 1:
-            return self.other_keys(members, count)
-        return [
-            Source(
-                source.id + with_base(1), Threat.COLLUDING_DEVICES, Ensemble([self.base_model, source.model]),
-                "the base and 1 other key at once", source.targets,
-            )
-            for source in self.other_keys(members, 1)
-        ]  # fmt: skip
 
     def judge(self, name: str, model: nn.Module, sources: Sequence[AttackedSource], on: Attacked) -> TargetJudgement:
         """Judge one model on what was made on the sources that concern it; all of one perturbation."""
