@@ -27,7 +27,7 @@ from device_tests.attacks.pgd import PGD
 from device_tests.ensemble import Ensemble
 from device_tests.fleet_statistics import fleet_rate
 from device_tests.images import LEVELS
-from factory.attractors import Attracted, Attractors, highest_frequencies
+from factory.attractors import Attracted, highest_frequencies
 from factory.base import load_base, read_base
 from factory.data import Split, load_splits
 from factory.device_model import block_size, public_model
@@ -42,18 +42,6 @@ from keys.derive import fixed_guess
 NOISE = (0.05, 0.1, 0.2)
 BALLS = (4, 8, 16)
 DEVICES, GUESSES = 6, 8
-
-
-class Mean(nn.Module):
-    """A network with the mean of several attractors beside it: an attacker who expects one of many keys."""
-
-    def __init__(self, network: nn.Module, attractors: Sequence[Attractors]) -> None:
-        super().__init__()
-        self.network, self.attractors = network, Ensemble(attractors)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits N×K of images N×C×H×W in [0, 1]."""
-        return self.network(images) + self.attractors(images)
 
 
 def patterns(shape: tuple[int, int, int], block: int, count: int, seed: int) -> Tensor:
@@ -114,7 +102,7 @@ def measured(
         alone, guessed, together = (
             attack(network),
             attack(Attracted(network, guesses[0])),
-            attack(Mean(network, guesses)),
+            attack(Attracted(network, Ensemble(guesses))),
         )
         shown = [(images + epsilon * pattern).clamp(0, 1) for pattern in aimless]
         row(f"{level}/255, {count} patterns without a key", lambda model, shown=shown: shown)

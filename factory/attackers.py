@@ -35,38 +35,44 @@ def who_attacks(
     device's own key. A ``colluding`` number that leaves no device to attack is skipped. Whoever attacks others leaves
     out the attractors of the models that he holds; a device with attractors itself is attacked as it is.
     """
+    guesses, held = _held(guesses), _held(devices)
     sources = [Source(BASE, Threat.PUBLIC_BASE, base, "the public base")]
     for name, model in guesses.items():
-        words = "the same recipe with a guessed key"
-        sources.append(Source(name, Threat.GUESSED_KEY, without_attractors(model), words))
+        sources.append(Source(name, Threat.GUESSED_KEY, model, "the same recipe with a guessed key"))
     for count in ensembles_of_guesses(len(guesses)):
-        members = [base, *map(without_attractors, list(guesses.values())[:count])]
+        members = [base, *list(guesses.values())[:count]]
         words = f"the public base and {count} guessed keys at once"
         sources.append(Source(f"base-and-{count}-guesses", Threat.GUESSED_KEY, Ensemble(members), words))
+    judged = (*devices, *controls)
     for name, model in devices.items():
-        sources += _extracted(Source(name, Threat.SIBLING_DEVICE, model, f"extracted {name}"), (*devices, *controls))
+        words = f"extracted {name}"
+        sources += _extracted(Source(name, Threat.SIBLING_DEVICE, held[name], words), model, judged)
     for count in colluding:
         for number, (members, targets) in enumerate(colluding_groups(tuple(devices), count), start=1):
-            model = Ensemble([base, *(without_attractors(devices[name]) for name in members)])
+            model = Ensemble([base, *(held[name] for name in members)])
             words = f"{', '.join(members)} and the public base at once"
             sources.append(Source(f"{count}-devices-{number}", Threat.COLLUDING_DEVICES, model, words, targets))
     for name, model in (twins or {}).items():
         words = f"the same recipe with the true key of {name}, another seed"
         sources.append(Source(f"true-key-{name}", Threat.TARGET_ITSELF, model, words, (name,)))
     for name, model in controls.items():
-        sources += _extracted(Source(name, Threat.UNKEYED_CONTROL, model, "a control: no key"), (*devices, *controls))
+        alone = Source(name, Threat.UNKEYED_CONTROL, without_attractors(model), "a control: no key")
+        sources += _extracted(alone, model, judged)
     return sources
 
 
-def _extracted(source: Source, judged: Sequence[str]) -> list[Source]:
-    alone = without_attractors(source.model)
-    if alone is source.model:
+def _held(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    return {name: without_attractors(model) for name, model in models.items()}
+
+
+def _extracted(source: Source, whole: nn.Module, judged: Sequence[str]) -> list[Source]:
+    if whole is source.model:
         return [source]
     # Attacks on a model with attractors follow them to where no other model is weak.
     others = tuple(name for name in judged if name != source.id)
     words = f"{source.description}, without its attractors"
-    itself = Source(f"{WHOLE}{source.id}", Threat.TARGET_ITSELF, source.model, f"{source.id} itself", (source.id,))
-    return [replace(source, model=alone, description=words, targets=others), itself]
+    itself = Source(f"{WHOLE}{source.id}", Threat.TARGET_ITSELF, whole, f"{source.id} itself", (source.id,))
+    return [replace(source, description=words, targets=others), itself]
 
 
 def ensembles_of_guesses(guesses: int) -> list[int]:

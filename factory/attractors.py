@@ -35,8 +35,8 @@ from keys.errors import InputError
 SHARE_OF_FREQUENCIES = 1 / 8
 """The highest frequencies of a block, of which carriers are made."""
 
-
 SMALLEST_BLOCK = 4
+"""The least M of which this share is two patterns."""
 
 _FLOAT16_MAX = 65504
 
@@ -67,9 +67,9 @@ class Attractors(nn.Module):
 
 
 class Attracted(nn.Module):
-    """A model for images in [0, 1] with attractors beside it: the sum of their logits."""
+    """A model for images in [0, 1] with attractors, or the mean of several, beside it: the sum of their logits."""
 
-    def __init__(self, model: nn.Module, attractors: Attractors) -> None:
+    def __init__(self, model: nn.Module, attractors: nn.Module) -> None:
         super().__init__()
         self.model, self.attractors = model, attractors
 

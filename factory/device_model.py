@@ -27,7 +27,6 @@ from factory.adaptation import (
     save_adapter,
     trainable_parameters,
 )
-from factory.attractors import Attractors
 from factory.base import Base
 from factory.block_shuffle import check_block_size
 from factory.classifier import ImageClassifier
@@ -76,12 +75,6 @@ def keyed_transform(base: Base, recipe: RecipeSettings, key: DeviceKey | None) -
     return recipe.transform.build(key, base.architecture.contract.shape, block_size(base, recipe))
 
 
-def _attractors(base: Base, recipe: RecipeSettings, key: DeviceKey | None, classes: int) -> Attractors | None:
-    if recipe.attractors is None:
-        return None
-    return recipe.attractors.build(key, base.architecture.contract.shape, block_size(base, recipe), classes)
-
-
 def check_parts(base: Base, recipe: RecipeSettings) -> None:
     """Make every part once, before anything is trained. Raises InputError for what does not suit ``base``.
 
@@ -95,8 +88,8 @@ def check_parts(base: Base, recipe: RecipeSettings) -> None:
         recipe.curriculum.build()
     if recipe.decoys is not None:
         recipe.decoys.check()
-    if recipe.attractors is not None:
-        _attractors(base, recipe, None, recipe.attractors.count)  # whose classes are known with the data
+    if (part := recipe.attractors) is not None:  # of as many classes; the data's are not known yet
+        part.build(None, base.architecture.contract.shape, block_size(base, recipe), part.count)
     if recipe.keys is not None:
         recipe.keys.build([nn.Identity()] * recipe.keys.count, None, base.architecture.contract.shape)
 
@@ -129,7 +122,10 @@ def make_device_model(
     """
     if recipe.keys is not None:
         return _ensemble(base, key, recipe, recipe.keys, splits, name, identity, seed, folder, shared, progress)
-    transform, attractors = keyed_transform(base, recipe, key), _attractors(base, recipe, key, len(splits.labels))
+    transform = keyed_transform(base, recipe, key)
+    attractors = recipe.attractors and recipe.attractors.build(
+        key, base.architecture.contract.shape, block_size(base, recipe), len(splits.labels)
+    )
     made_from = _fingerprint(base, recipe, splits, identity, seed)
     record, adapter = folder / "model.json", folder / "adapter"
     architecture = base.architecture

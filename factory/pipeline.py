@@ -115,8 +115,11 @@ def open_fleet(
     base = load_base(settings.base, splits.labels, settings.seed)
     side, shape = block_size(base, settings.recipe), base.architecture.contract.shape
     count = settings.recipe.transform.permuted(shape, side)
-    if count == 0 and settings.recipe.attractors is None:
-        progress.say("Warning: keys decide nothing in this recipe's transform; devices differ by their training alone.")
+    if count == 0:
+        if settings.recipe.attractors is None:
+            progress.say(
+                "Warning: keys decide nothing in this recipe's transform; devices differ by their training alone."
+            )
     elif count < FEW_VALUES:
         progress.say(f"Warning: keys collide, because {count} values (or patches) have so few orders.")
     check_enough_images(release_rule(settings.release), settings.verification.images, len(splits.test))

@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from benchmarks.attractor_cost import patterns
 from device_tests.attacks.hop_skip_jump import HopSkipJump
 from device_tests.threats import Threat
 from exporters.export import ExportPlan, Templates, export
@@ -20,7 +21,7 @@ from exporters.run_coreml import CoreMLEvaluator
 from exporters.run_onnx import OnnxRuntime
 from factory.adapter_package import export_base_package
 from factory.attackers import who_attacks
-from factory.attractors import Attracted, Attractors, LowPass, highest_frequencies, without_attractors
+from factory.attractors import Attracted, Attractors, LowPass, without_attractors
 from factory.base import Base, load_base
 from factory.classifier import ImageClassifier
 from factory.data import Splits
@@ -104,11 +105,8 @@ def test_real_images_and_what_is_done_to_them_without_the_key_are_left_nearly_as
 ) -> None:
     """Noise, and patterns of the carriers' frequencies whose energy nobody aimed at this key."""
     network, images = hardened(), real[0]
-    generator = torch.Generator().manual_seed(0)
-    patterns = torch.from_numpy(highest_frequencies(7).astype(np.float32)).unsqueeze(1)
-    drawn = torch.randn(len(images), len(patterns), 4, 4, generator=generator)
-    aimless = torch.nn.functional.conv_transpose2d(drawn, patterns, stride=7).sign() * 8 / 255
-    noisy = 0.1 * torch.randn(images.shape, generator=generator)
+    aimless = patterns(GREY, 7, len(images), 0) * 8 / 255
+    noisy = 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
     for moved, least in ((images, 0.99), ((images + noisy).clamp(0, 1), 0.96), ((images + aimless).clamp(0, 1), 0.97)):
         with torch.no_grad():
             logits = network(moved)

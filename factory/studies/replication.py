@@ -160,10 +160,11 @@ def _ask(bench: Workbench, spec: ReplicationSpec, arm: ArmSettings, member: Memb
     if low is None:
         return found
     clean = from_8bit(on.images)
+    change = from_8bit(found) - clean
     shown, still_right = on.images.copy(), np.ones(len(found), bool)
     # Rounding once more makes some images right again; as the search itself does, these are moved outward.
     for scale in OUTWARD:
-        moved = torch.from_numpy((clean + np.float32(scale) * (from_8bit(found) - clean)).clip(0, 1))
+        moved = torch.from_numpy((clean + np.float32(scale) * change).clip(0, 1))
         rounded = np.round(low.filtered(moved).numpy() * LEVELS).astype(np.uint8)
         shown[still_right] = rounded[still_right]
         still_right = right(member.baked, shown, on.labels)
