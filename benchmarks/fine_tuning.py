@@ -5,7 +5,7 @@ The factory's is :func:`factory.train.train` with its augmentation, without vali
 turns in one process and see the same number of images. With ``--hardening`` seconds, spent once for all fleets, the
 cost per device of N devices is drawn to ``--figure``, in units of a device by the plain preset. Run alone::
 
-    python -m benchmarks.fine_tuning --json FILE --hardening 1320 --figure FILE.svg
+    python -m benchmarks.fine_tuning --json FILE --compile --hardening 12138 --figure FILE.svg
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from factory.progress import Progress
 from factory.settings import DataSettings, preset_settings, presets
 from keys.derive import fixed_guess
 
-LOOP, PLAIN = "plain loop of peft, float32", "preset plain"
+LOOP, PLAIN, COMPILED = "plain loop of peft, float32", "preset plain", ", compiled"
 
 
 def plain_loop(model: ImageClassifier, split: Split, batch_size: int) -> Callable[[], float]:
@@ -78,6 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     made.add_argument(
         "--epoch-images", type=int, default=55_000, help="images that a device is trained on, for --figure"
     )
+    made.add_argument("--compile", action="store_true", help="and by torch.compile, whose minute or two do not count")
     made.add_argument("--hardening", type=float, help="seconds that the hardened base took, for --figure")
     made.add_argument("--figure", type=Path, help="draw the cost per device to this SVG file")
     asked = made.parse_args(arguments)
@@ -97,12 +98,17 @@ def main(arguments: list[str] | None = None) -> int:
         for name, fleet in fleets.items():
             base = load_base(fleet.base, splits.labels, 0)
             _, cases[name] = trainable(base, fleet.recipe, key, few, asked.batch_size, 0, Path(folder) / name)
+            if asked.compile:
+                folder_of = Path(folder) / (name + COMPILED)
+                model, cases[name + COMPILED] = trainable(base, fleet.recipe, key, few, asked.batch_size, 0, folder_of)
+                model.compile()
+                cases[name + COMPILED]()
         base, recipe = load_base(fleets[PLAIN].base, splits.labels, 0), fleets[PLAIN].recipe
         model, _ = trainable(base, recipe, key, few, asked.batch_size, 0, Path(folder) / "loop")
         cases[LOOP] = plain_loop(model, few.train, asked.batch_size)
         spent = trainings(cases, asked.rounds)
     ratios: dict[str, Ratio] = {name: ratio(_walls(spent[LOOP]), _walls(spent[name])) for name in cases}
-    costs = {name: ratio(_walls(spent[name]), _walls(spent[PLAIN])) for name in fleets}
+    costs = {name: ratio(_walls(spent[name]), _walls(spent[PLAIN])) for name in cases if name != LOOP}
     images = asked.batches * asked.batch_size
     rows = [
         [name, f"{images / min(_walls(spent[name])):.0f}", str(ratios[name]), str(costs.get(name, ""))]
@@ -115,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     write_record(asked.json, "fine_tuning", asked, results)
     if asked.figure is not None and asked.hardening is not None:
         device_seconds = asked.epoch_images / images * min(_walls(spent[PLAIN]))
-        draw(asked.figure, {name: cost.median for name, cost in costs.items()}, asked.hardening / device_seconds)
+        draw(asked.figure, {name: costs[name].median for name in fleets}, asked.hardening / device_seconds)
     return 0
 
 
