@@ -20,18 +20,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from benchmarks.rounds import table, write_record
 from device_tests.attacks.pgd import PGD
 from device_tests.ensemble import Ensemble
 from device_tests.fleet_statistics import fleet_rate
 from device_tests.images import LEVELS
-from factory.attractors import Attracted, highest_frequencies
+from factory.attractors import Attracted
 from factory.base import load_base, read_base
 from factory.data import Split, load_splits
 from factory.device_model import block_size, public_model
 from factory.folding import bake
+from factory.keyless_patterns import TRIES, draw_patterns
 from factory.progress import Progress
 from factory.recipes.attractors import AttractorsPart
 from factory.recipes.recipe import RecipeSettings
@@ -42,14 +42,6 @@ from keys.derive import fixed_guess
 NOISE = (0.05, 0.1, 0.2)
 BALLS = (4, 8, 16)
 DEVICES, GUESSES = 6, 8
-
-
-def patterns(shape: tuple[int, int, int], block: int, count: int, seed: int) -> Tensor:
-    """``count`` images of random signs, float n×C×H×W of ±1, made of the frequencies that carriers are made of."""
-    waves = torch.from_numpy(highest_frequencies(block).astype(np.float32)).unsqueeze(1)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(count * shape[0], len(waves), shape[1] // block, shape[2] // block, generator=generator)
-    return functional.conv_transpose2d(drawn, waves, stride=block).view(count, *shape).sign()
 
 
 def measured(
@@ -72,7 +64,7 @@ def measured(
     pixels, labels = test.images.numpy(), test.labels.numpy()
     images, truth = test.images.float() / LEVELS, test.labels
     clean = {model: right(model, pixels, labels) for model in (network, *devices)}
-    aimless = patterns(shape, block, count, seed)
+    aimless = draw_patterns(shape, block, count, seed)
     generator = torch.Generator().manual_seed(seed)
     rows: list[dict[str, Any]] = []
 
@@ -125,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--reach", type=float, default=defaults.reach, help="L2 at which one adds its gain")
     parser.add_argument("--gain", type=float, default=defaults.gain)
     parser.add_argument("--images", type=int, default=300, help="of the shipped sample's test images")
-    parser.add_argument("--patterns", type=int, default=10, help="tries of patterns made without a key")
+    parser.add_argument("--patterns", type=int, default=TRIES, help="tries of patterns made without a key")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     asked = parser.parse_args(arguments)

@@ -40,11 +40,12 @@ from device_tests.report.document import (
 from device_tests.report.figures import difference_times_ten
 from device_tests.report.fleet_figures import Example
 from device_tests.statistics import at_least_once
-from device_tests.threats import Threat
+from device_tests.threats import Source, Threat
 from exporters.measured import NotMeasured
 from exporters.parity import Parity
 from factory.device_model import block_size, keyed_transform
 from factory.fleet import Findings, Fleet, Verdict
+from factory.keyless_patterns import PATTERNS
 from factory.packaging import tool_versions
 from factory.recipes.recipe import PARTS_OF_TRAINING
 from factory.release import release_rule
@@ -103,10 +104,7 @@ def report_document(findings: Findings, command: str) -> ReportDocument:
             SourceReport(
                 id=one.source.id, threat=one.source.threat.code, description=one.source.description,
                 self_checks=tuple(SelfCheckReport.of(check) for check in one.checks)
-                or NotMeasured(
-                    "every attack on it failed" if one.source.differentiable
-                    else "it gives answers and no gradients that a strong attack could use"
-                ),
+                or NotMeasured(_unchecked(one.source)),
             )
             for one in (*findings.sources, *(one for verdict in verdicts for one in _query_sources(verdict)))
         ),
@@ -174,6 +172,14 @@ def _target(fleet: Fleet, verdict: Verdict, base_clean: Proportion, *, control: 
         package=str(verdict.candidate.package.relative_to(fleet.folder.root)) if released else None,
         adapter_digest=verdict.candidate.model.adapter_digest,
     )
+
+
+def _unchecked(source: Source) -> str:
+    if source.id == PATTERNS:
+        return "no model is attacked, so that no strong attack can vouch for it"
+    if source.differentiable:
+        return "every attack on it failed"
+    return "it gives answers and no gradients that a strong attack could use"
 
 
 def _query_sources(verdict: Verdict) -> tuple[AttackedSource, ...]:

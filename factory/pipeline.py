@@ -43,6 +43,7 @@ from factory.fleet import Candidate, Findings, Fleet, Verdict
 from factory.fleet_folder import FleetFolder
 from factory.fleet_report import report_document, report_examples
 from factory.folding import bake
+from factory.keyless_patterns import PATTERNS, keyless_patterns
 from factory.networks import traits
 from factory.packaging import ONNX_NAME, Identity, export_package, export_plan, fleet_templates, parity_of
 from factory.progress import Progress, log_to
@@ -69,7 +70,7 @@ from keys.identifiers import check_device_id
 from keys.signing import write_public_key
 
 GUESSED, UNKEYED, REINITIALISED = "guessed-key", "un-keyed", "re-initialised"
-RESERVED = (BASE, GUESSED, UNKEYED, REINITIALISED, "true-key-", "decoy-", WHOLE)
+RESERVED = (BASE, GUESSED, UNKEYED, REINITIALISED, "true-key-", "decoy-", WHOLE, PATTERNS)
 FEW_VALUES = 12  # 12! = 4.8e8 permutations; 2×2 grey blocks have 24
 
 
@@ -236,7 +237,11 @@ def attack_sources(
     fleet.progress.say(left.sentence)
     attacked = [attack(fleet, source, attacks, on) for source in sources]
     asked = [source for source in foreign if not source.differentiable]
-    return attacked + [attack(fleet, source, query_attacks(verification), on) for source in asked]
+    attacked += [attack(fleet, source, query_attacks(verification), on) for source in asked]
+    if fleet.settings.recipe.attractors is not None:
+        source, patterns = keyless_patterns(public_base(fleet), block_size(fleet.base, fleet.settings.recipe))
+        attacked.append(attack(fleet, source, patterns, on))
+    return attacked
 
 
 def twin_of(fleet: Fleet, device: Candidate) -> nn.Module:

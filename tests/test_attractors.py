@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from pydantic import ValidationError
 from torch import Tensor
+from torch.nn import functional
 
-from benchmarks.attractor_cost import patterns
 from device_tests.attacks.hop_skip_jump import HopSkipJump
 from device_tests.threats import Threat
 from exporters.export import ExportPlan, Templates, export
@@ -21,13 +25,14 @@ from exporters.run_coreml import CoreMLEvaluator
 from exporters.run_onnx import OnnxRuntime
 from factory.adapter_package import export_base_package
 from factory.attackers import who_attacks
-from factory.attractors import Attracted, Attractors, LowPass, without_attractors
+from factory.attractors import Attracted, Attractors, LowPass, highest_frequencies, without_attractors
 from factory.base import Base, load_base
 from factory.classifier import ImageClassifier
 from factory.data import Splits
 from factory.device_model import DeviceModel, make_device_model, public_model
 from factory.folding import bake
 from factory.keyed_transforms.key_ensemble import KeyEnsemble
+from factory.keyless_patterns import draw_patterns, keyless_patterns
 from factory.progress import Progress
 from factory.recipes.attractors import AttractorsPart
 from factory.recipes.part import Trait
@@ -35,6 +40,7 @@ from factory.recipes.recipe import RecipeSettings, check_recipe
 from factory.settings import BaseSettings, FleetSettings
 from keys.derive import DeviceKey, fixed_guess
 from keys.errors import InputError
+from tests.conftest import Finished
 
 KEY, OTHER = fixed_guess("device"), fixed_guess("other")
 GREY, COLOUR = (1, 28, 28), (3, 32, 32)
@@ -105,7 +111,7 @@ def test_real_images_and_what_is_done_to_them_without_the_key_are_left_nearly_as
 ) -> None:
     """Noise, and patterns of the carriers' frequencies whose energy nobody aimed at this key."""
     network, images = hardened(), real[0]
-    aimless = patterns(GREY, 7, len(images), 0) * 8 / 255
+    aimless = draw_patterns(GREY, 7, len(images), 0) * 8 / 255
     noisy = 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
     for moved, least in ((images, 0.99), ((images + noisy).clamp(0, 1), 0.96), ((images + aimless).clamp(0, 1), 0.97)):
         with torch.no_grad():
@@ -230,6 +236,50 @@ def test_members_of_a_key_ensemble_lose_their_attractors_too() -> None:
     images = torch.rand(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     assert torch.equal(alone(images), images.flatten(1))
     assert without_attractors(network) is network
+
+
+# Patterns that need no key
+
+
+def test_patterns_are_drawn_without_looking_at_a_model() -> None:
+    shape = (3, 16, 16)
+    images = torch.full((4, *shape), 0.5)
+    source, attacks = keyless_patterns(torch.nn.Identity(), 8)
+    assert (source.threat, source.differentiable, source.targets) == (Threat.PUBLIC_BASE, False, None)
+    assert [attack.name for attack in attacks] == [f"pattern-{number}" for number in range(1, 11)]
+    made = [attack.generate(source.model, images, torch.zeros(4), epsilon=0.125, seed=3) for attack in attacks]
+    for one in made:
+        assert torch.equal(one, one[:1].expand_as(one))
+        assert set((one - 0.5).unique().tolist()) == {-0.125, 0.125}
+    assert not any(torch.equal(*two) for two in itertools.combinations(made, 2))
+    again = attacks[0].generate(source.model, images, torch.zeros(4), epsilon=0.125, seed=4)
+    assert not torch.equal(again, made[0])
+    # Half of a pattern's energy and more lies in the eighth of the frequencies that attractors are made of.
+    waves = torch.from_numpy(highest_frequencies(8).astype(np.float32)).unsqueeze(1).repeat(3, 1, 1, 1)
+    parts = functional.conv2d(made[0] - 0.5, waves, stride=8, groups=3)
+    assert float(parts.square().sum()) > 0.5 * float((made[0] - 0.5).square().sum())
+
+
+def test_the_judge_of_a_fleet_with_attractors_counts_them(
+    tiny_settings: Path, tmp_path: Path, keyfoundry: Callable[..., Finished]
+) -> None:
+    settings = yaml.safe_load(tiny_settings.read_text())
+    settings |= {"devices": 1, "export": {"formats": ["onnx-fp32"]}}
+    # So strong, and so near, that hardly any pattern can miss.
+    settings["recipe"]["attractors"] = {"count": 96, "reach": 0.05, "gain": 1}
+    settings["verification"]["images"] = 60
+    path = tmp_path / "fleet.yaml"
+    path.write_text(json.dumps(settings))
+    finished = keyfoundry("provision", "--config", path, "--out", tmp_path / "fleet")
+    assert finished.code == 0, finished.err
+    report = json.loads((tmp_path / "fleet" / "report.json").read_text())
+    assert "no model is attacked" in json.dumps(next(s for s in report["sources"] if s["id"] == "patterns"))
+    for target in report["targets"]:
+        cells = [cell for cell in target["cells"] if cell["source"] == "patterns"]
+        assert [cell["threat"] for cell in cells] == ["T0"] * 10
+        fooled = max(cell["fooled"]["successes"] for cell in cells)
+        assert fooled > 0.3 * cells[0]["fooled"]["n"]
+        assert target["worst_case"]["successes"] >= fooled
 
 
 # Packages
