@@ -32,11 +32,11 @@ from factory.keyed_transforms.places import ATTRACTED_CLASSES, ATTRACTOR_SIGNS, 
 from keys.derive import DeviceKey
 from keys.errors import InputError
 
-SHARE_OF_FREQUENCIES = 1 / 8
+SHARE_OF_FREQUENCIES = 1 / 4
 """The highest frequencies of a block, of which carriers are made."""
 
 SMALLEST_BLOCK = 4
-"""The least M of which this share is two patterns."""
+"""The least M: of smaller blocks this share is two patterns or less."""
 
 _FLOAT16_MAX = 65504
 
@@ -145,7 +145,7 @@ def keyed_attractors(
 def highest_frequencies(size: int) -> np.ndarray:
     """Patterns F×M×M of the orthonormal cosine transform of a block with the largest sums of frequencies.
 
-    Raises InputError for blocks of less than four pixels: an eighth of their frequencies is one pattern or none.
+    Raises InputError for blocks of less than four pixels: a quarter of their frequencies is two patterns or less.
     """
     if size < SMALLEST_BLOCK:
         raise InputError(

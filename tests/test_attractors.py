@@ -113,11 +113,12 @@ def test_real_images_and_what_is_done_to_them_without_the_key_are_left_nearly_as
     network, images = hardened(), real[0]
     aimless = draw_patterns(GREY, 7, len(images), 0) * 8 / 255
     noisy = 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
-    for moved, least in ((images, 0.99), ((images + noisy).clamp(0, 1), 0.96), ((images + aimless).clamp(0, 1), 0.97)):
+    keyed = [attractors_of(fixed_guess(name)) for name in ("a", "b", "c", "d")]
+    for moved, least in ((images, 0.98), ((images + noisy).clamp(0, 1), 0.95), ((images + aimless).clamp(0, 1), 0.97)):
         with torch.no_grad():
             logits = network(moved)
-            same = (logits + attractors_of()(moved)).argmax(1) == logits.argmax(1)
-        assert float(same.float().mean()) > least
+            same = [(logits + attractors(moved)).argmax(1) == logits.argmax(1) for attractors in keyed]
+        assert float(torch.stack(same).float().mean()) > least
 
 
 def test_the_farthest_image_stays_within_float16_and_has_a_slope() -> None:
@@ -139,7 +140,7 @@ def test_a_key_means_the_same_attractors_for_ever_and_another_key_others() -> No
     digest = hashlib.sha256()
     for tensor in (one.carriers, one.signs, one.aims):
         digest.update(np.round(tensor.numpy(), 4).astype("<f4").tobytes())
-    assert digest.hexdigest() == "1478ac6b6204bce42cac5eceb944991b4befeea81b23dc0acac18836d1b97a02"
+    assert digest.hexdigest() == "2126c00e54d90ec3caf4929ee369bcf60476bd234c1f29c3b0c8d0c89bdaac5a"
     across = directions(one).flatten(1) @ directions(other).flatten(1).T
     assert float(across.abs().max()) < 0.7
     assert float(across.square().mean().sqrt()) < 0.2
@@ -254,7 +255,7 @@ def test_patterns_are_drawn_without_looking_at_a_model() -> None:
     assert not any(torch.equal(*two) for two in itertools.combinations(made, 2))
     again = attacks[0].generate(source.model, images, torch.zeros(4), epsilon=0.125, seed=4)
     assert not torch.equal(again, made[0])
-    # Half of a pattern's energy and more lies in the eighth of the frequencies that attractors are made of.
+    # Half of a pattern's energy and more lies in the quarter of the frequencies that attractors are made of.
     waves = torch.from_numpy(highest_frequencies(8).astype(np.float32)).unsqueeze(1).repeat(3, 1, 1, 1)
     parts = functional.conv2d(made[0] - 0.5, waves, stride=8, groups=3)
     assert float(parts.square().sum()) > 0.5 * float((made[0] - 0.5).square().sum())
@@ -325,7 +326,7 @@ def test_what_cannot_be_is_refused_in_a_sentence(tiny_base: Base, real: tuple[Te
             AttractorsPart().build(KEY, (1, 12, 12), block, 10)
         with pytest.raises(InputError, match="have too few"):
             LowPass(torch.nn.Identity(), 1, block)
-    with pytest.raises(InputError, match=r"may add 7e\+04 to a logit, which float16 does not hold"):
+    with pytest.raises(InputError, match=r"may add 6.9e\+04 to a logit, which float16 does not hold"):
         AttractorsPart(gain=1600).build(KEY, GREY, 7, 10)
     with pytest.raises(ValidationError, match="the base's own graph, which has no attractors"):
         FleetSettings.model_validate({"recipe": {"attractors": {}}, "export": {"adapters": True}})

@@ -11,9 +11,12 @@ import pytest
 
 from benchmarks import clean_difference
 from device_tests.report.study_document import StudyDocument, Table
+from device_tests.threats import Threat
+from device_tests.transfer import TargetJudgement
 from factory.progress import Progress
 from factory.studies.catalogue import run_study
 from factory.studies.spec import read_spec, shipped_studies
+from factory.studies.workbench import Workbench
 from keys.errors import InputError
 
 SHARED = """\
@@ -162,6 +165,36 @@ def test_whoever_knows_of_attractors_asks_in_low_frequencies(
     before, after = (table(of, "Replication")["keyed"] for of in (studies[1]["replication"], document))
     assert after["found"].successes > 0  # type: ignore[attr-defined]
     assert after["median distance"] != before["median distance"]
+
+
+def test_models_with_attractors_also_meet_patterns(
+    spec_paths: dict[str, Path], silent: Progress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {
+        "perturbation_l2: l2:0.5\n": "",
+        "autoattack_images: 90": "autoattack_images: 5",
+        "in_depth: true": "in_depth: false",
+        "block_size: 7, models: 3": "recipe: {block_size: 7, attractors: {}}, models: 2",
+    }
+    text = spec_paths["table1"].read_text()
+    for old, new in changes.items():
+        text = text.replace(old, new)
+    path = tmp_path / "attracted.yaml"
+    path.write_text(text)
+    judge, judged = Workbench.judge, list[TargetJudgement]()
+
+    def remembered(*arguments: Any) -> TargetJudgement:
+        judged.append(judge(*arguments))
+        return judged[-1]
+
+    monkeypatch.setattr(Workbench, "judge", remembered)
+    document = run_study(read_spec("table1", path), "table1", tmp_path / "out", silent, "a test")
+    assert "(keyed) also met 10 patterns" in document.sections[1].prose[-1]
+    met = {one.target: [cell.threat for cell in one.cells if cell.source == "patterns"] for one in judged}
+    assert met == {
+        "plain": [], "plain-1": [], "plain-2": [], "keyed-1": [Threat.PUBLIC_BASE] * 10,
+        "keyed-2": [Threat.PUBLIC_BASE] * 10,
+    }  # fmt: skip
 
 
 def test_patches_stand_beside_grey_ones(studies: tuple[Path, dict[str, StudyDocument]]) -> None:

@@ -24,7 +24,9 @@ from device_tests.threats import Threat
 from device_tests.transfer import TargetJudgement
 from exporters.measured import NotMeasured
 from exporters.run_torch import TorchRuntime
+from factory.device_model import block_size
 from factory.keyed_transforms.key_ensemble import DeviceClassifier, behind
+from factory.keyless_patterns import TRIES, keyless_patterns
 from factory.studies.canary_section import canary_section
 from factory.studies.spec import ArmSettings, Table1Spec
 from factory.studies.study_report import cell, complement, difference, study_document, written
@@ -169,6 +171,10 @@ def _row(
         if count < len(members):
             sources += bench.ensemble_with_base(members, count)
     made = [bench.attack(source, transfer_attacks(spec), transfer.perturbation, all_of_them) for source in sources]
+    recipe = spec.arm(arm).recipe
+    if recipe.attractors is not None:
+        source, patterns = keyless_patterns(bench.base_model, block_size(bench.base, recipe))
+        made.append(bench.attack(source, patterns, transfer.perturbation, all_of_them))
     judged[transfer] = [bench.judge(member.id, member.baked, made, all_of_them) for member in members]
     return Row(arm, members, judged)
 
@@ -268,9 +274,20 @@ def _transfer_section(
             "AutoAttack stops at the first success, so that its images hardly cross the boundary.",
             "Arms that were not studied in depth met one size of ensemble. Arms are compared by what every one of them "
             "met.",
+            *_met_patterns(spec),
         ),
         blocks=(heat,),
     )
+
+
+def _met_patterns(spec: Table1Spec) -> list[str]:
+    attracted = [arm.name for arm in spec.arms if spec.arm(arm).recipe.attractors is not None]
+    if not attracted:
+        return []
+    return [
+        f"Models with attractors ({', '.join(attracted)}) also met {TRIES} patterns of the attractors' frequencies, "
+        "made without a model; the base's row counts them."
+    ]
 
 
 def _controls_section(rows: Sequence[Row], attackers: dict[Battery, list[Attacker]]) -> Section:
