@@ -21,6 +21,7 @@ from benchmarks import (
     part_cost,
     training_cost,
     undoing_keys,
+    untrained_replication,
 )
 
 RATIO = re.compile(r"\d+\.\d{2,3} \(\d+\.\d{2,3}–\d+\.\d{2,3}\)")
@@ -87,6 +88,19 @@ def test_fine_tuning_is_timed_beside_a_plain_loop_and_a_fleets_cost_is_drawn(
     drawn = figure.read_text()
     assert "devices in the fleet" in drawn
     assert "preset hardened" in drawn
+
+
+def test_devices_without_training_are_asked_for_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "record.json"
+    small = ["--images", "40", "--asked", "2", "--targets", "2", "--queries", "120", "--json", str(path)]
+    assert untrained_replication.main(small) == 0
+    results = json.loads(path.read_text())["results"]
+    assert 30 <= results["found"] <= 40
+    # So few questions end far out, where devices agree.
+    assert 0.2 < results["replicates"]["mean"] < 0.9
+    assert f"{results['replicates']['mean']:.4f} [" in capsys.readouterr().out
+    assert untrained_replication.main([*small[:1], "10", *small[2:8]]) == 1
+    assert "30 at least" in capsys.readouterr().err
 
 
 def test_a_fleets_packages_are_counted(

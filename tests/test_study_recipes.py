@@ -70,7 +70,7 @@ def test_the_models_of_recorded_studies_keep_their_names(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [("table1", "protection.toml"), ("collusion", "protection-collusion.toml"),
+    [("table1", "protection.toml"), ("collusion", "protection-collusion.toml"), ("table1", "protection-strong.toml"),
      ("replication", "protection-replication.toml"), ("table1", "protection-attractors.toml"),
      ("replication", "protection-attractors-replication.toml"),
      ("replication", "protection-attractors-low-frequencies.toml")],
