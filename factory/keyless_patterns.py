@@ -1,8 +1,10 @@
 """Patterns of the frequencies that attractors are made of, drawn without a key, a model or a gradient.
 
 Attractors make a device answer by these frequencies, so that now and then a pattern of them fools it by chance. Who
-knows the recipe can try that on any device. No model that attacks are made on is fooled by them, so the judge of a
-device with attractors tries them as a source of its own, which counts with the public base's.
+knows the recipe can try that on any device. Sources of T0 to T2 are attacked without attractors, so that their attacks
+do not show it: the judge of a device with attractors tries such patterns as a source of its own, which counts with the
+public base's. Blocks are drawn one by one; patterns of the carriers of made-up keys, not tried by the judge, do a
+little better.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from device_tests.perturbation import Norm
 from device_tests.threats import Source, Threat
 from factory.attractors import highest_frequencies
 
-PATTERNS = "patterns"
+PATTERNS = "keyless-patterns"
 """Id of the source."""
 
 TRIES = 10
@@ -46,13 +48,14 @@ class KeylessPattern:
 
     @property
     def name(self) -> str:
-        """``pattern-1`` and so on."""
-        return f"pattern-{self.number}"
+        """``pattern-01`` and so on."""
+        return f"pattern-{self.number:02}"
 
     @property
     def description(self) -> str:
         """See :class:`~device_tests.attacks.attack.Attack`."""
-        return f"L∞, random signs of the highest frequencies of blocks of {self.block_size}, draw {self.number}"
+        count, size = len(highest_frequencies(self.block_size)), self.block_size
+        return f"L∞, random signs of the {count} highest of {size}×{size} frequencies of each block, draw {self.number}"
 
     def generate(
         self, model: nn.Module, images: Tensor, labels: Tensor, *, epsilon: float, seed: int,

@@ -247,7 +247,7 @@ def test_patterns_are_drawn_without_looking_at_a_model() -> None:
     images = torch.full((4, *shape), 0.5)
     source, attacks = keyless_patterns(torch.nn.Identity(), 8)
     assert (source.threat, source.differentiable, source.targets) == (Threat.PUBLIC_BASE, False, None)
-    assert [attack.name for attack in attacks] == [f"pattern-{number}" for number in range(1, 11)]
+    assert [attack.name for attack in attacks] == [f"pattern-{number:02}" for number in range(1, 11)]
     made = [attack.generate(source.model, images, torch.zeros(4), epsilon=0.125, seed=3) for attack in attacks]
     for one in made:
         assert torch.equal(one, one[:1].expand_as(one))
@@ -274,9 +274,11 @@ def test_the_judge_of_a_fleet_with_attractors_counts_them(
     finished = keyfoundry("provision", "--config", path, "--out", tmp_path / "fleet")
     assert finished.code == 0, finished.err
     report = json.loads((tmp_path / "fleet" / "report.json").read_text())
-    assert "no model is attacked" in json.dumps(next(s for s in report["sources"] if s["id"] == "patterns"))
+    assert "no model is attacked" in json.dumps(next(s for s in report["sources"] if s["id"] == "keyless-patterns"))
+    page = (tmp_path / "fleet" / "report.html").read_text()
+    assert "pattern-10" in page
     for target in report["targets"]:
-        cells = [cell for cell in target["cells"] if cell["source"] == "patterns"]
+        cells = [cell for cell in target["cells"] if cell["source"] == "keyless-patterns"]
         assert [cell["threat"] for cell in cells] == ["T0"] * 10
         fooled = max(cell["fooled"]["successes"] for cell in cells)
         assert fooled > 0.3 * cells[0]["fooled"]["n"]

@@ -189,11 +189,10 @@ def test_models_with_attractors_also_meet_patterns(
 
     monkeypatch.setattr(Workbench, "judge", remembered)
     document = run_study(read_spec("table1", path), "table1", tmp_path / "out", silent, "a test")
-    assert "(keyed) also met 10 patterns" in document.sections[1].prose[-1]
-    met = {one.target: [cell.threat for cell in one.cells if cell.source == "patterns"] for one in judged}
+    assert "All models also met 10 patterns" in document.sections[1].prose[-1]
+    met = {one.target: [cell.threat for cell in one.cells if cell.source == "keyless-patterns"] for one in judged}
     assert met == {
-        "plain": [], "plain-1": [], "plain-2": [], "keyed-1": [Threat.PUBLIC_BASE] * 10,
-        "keyed-2": [Threat.PUBLIC_BASE] * 10,
+        "plain": [], **{name: [Threat.PUBLIC_BASE] * 10 for name in ("plain-1", "plain-2", "keyed-1", "keyed-2")}
     }  # fmt: skip
 
 

@@ -80,6 +80,7 @@ def render_html(document: ReportDocument, examples: Sequence[Example]) -> str:
         worst_plot=_worst_plot(document),
         by_source=_by_source(document),
         attacked=_attacked(document),
+        attacks_on=_attacks_on(document),
         classes=classes_by_target(document),
         threat_cells=_threat_cells(document),
         threats={threat.code: threat for threat in document.verification.threats},
@@ -296,6 +297,17 @@ def _worst_plot(document: ReportDocument) -> IntervalPlot:
 
 def _by_source(document: ReportDocument) -> Mapping[tuple[str, str], object]:
     return {(row.source, target.id): row for target in document.targets for row in target.by_source}
+
+
+def _attacks_on(document: ReportDocument) -> Mapping[str, list[str]]:
+    """Source → names of its attacks: the budget's, also where one was left out, or all others that were run on it."""
+    usual = [attack.name for attack in document.verification.attacks]
+    run: dict[str, list[str]] = {source.id: [] for source in document.sources}
+    for target in document.targets:
+        for cell in target.cells:
+            if cell.attack not in run.setdefault(cell.source, []):
+                run[cell.source].append(cell.attack)
+    return {source: found if set(found).isdisjoint(usual) and found else usual for source, found in run.items()}
 
 
 def _attacked(document: ReportDocument) -> Mapping[tuple[str, str, str], object]:

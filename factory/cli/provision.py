@@ -22,7 +22,9 @@ def provision_command(
     config: Annotated[Path | None, typer.Option("--config", "-c", help="Fleet file (TOML or YAML).")] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="An embedded fleet file: hardened (default, unless --base or --config is given) or plain."),
+        typer.Option(
+            help="An embedded fleet file: hardened (default, unless --base or --config is given), attractors or plain."
+        ),
     ] = None,
     devices: Annotated[str | None, typer.Option(help="A number of devices, or their ids, separated by commas.")] = None,
     base: Annotated[str | None, typer.Option(help="hardened, shipped, a timm name, or a checkpoint's path.")] = None,

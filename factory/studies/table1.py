@@ -171,8 +171,8 @@ def _row(
         if count < len(members):
             sources += bench.ensemble_with_base(members, count)
     made = [bench.attack(source, transfer_attacks(spec), transfer.perturbation, all_of_them) for source in sources]
-    recipe = spec.arm(arm).recipe
-    if recipe.attractors is not None:
+    # All arms, as soon as one has attractors: they are compared by what every one of them met.
+    for recipe in [spec.arm(one).recipe for one in spec.arms if spec.arm(one).recipe.attractors is not None][:1]:
         source, patterns = keyless_patterns(bench.base_model, block_size(bench.base, recipe))
         made.append(bench.attack(source, patterns, transfer.perturbation, all_of_them))
     judged[transfer] = [bench.judge(member.id, member.baked, made, all_of_them) for member in members]
@@ -285,8 +285,8 @@ def _met_patterns(spec: Table1Spec) -> list[str]:
     if not attracted:
         return []
     return [
-        f"Models with attractors ({', '.join(attracted)}) also met {TRIES} patterns of the attractors' frequencies, "
-        "made without a model; the base's row counts them."
+        f"All models also met {TRIES} patterns of the frequencies of the attractors of {', '.join(attracted)}, made "
+        "without a model; the base's row and the worst case count them."
     ]
 
 
