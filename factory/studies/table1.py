@@ -28,7 +28,7 @@ from factory.device_model import block_size
 from factory.keyed_transforms.key_ensemble import DeviceClassifier, behind
 from factory.keyless_patterns import TRIES, keyless_patterns
 from factory.studies.canary_section import canary_section
-from factory.studies.spec import ArmSettings, Table1Spec
+from factory.studies.spec import Arm, ArmSettings, Table1Spec
 from factory.studies.study_report import cell, complement, difference, study_document, written
 from factory.studies.workbench import (
     FleetMeasured,
@@ -171,9 +171,8 @@ def _row(
         if count < len(members):
             sources += bench.ensemble_with_base(members, count)
     made = [bench.attack(source, transfer_attacks(spec), transfer.perturbation, all_of_them) for source in sources]
-    # All arms, as soon as one has attractors: they are compared by what every one of them met.
-    for recipe in [spec.arm(one).recipe for one in spec.arms if spec.arm(one).recipe.attractors is not None][:1]:
-        source, patterns = keyless_patterns(bench.base_model, block_size(bench.base, recipe))
+    if attracted := _attracted(spec):  # an arm without attractors too: arms are compared by what every one of them met
+        source, patterns = keyless_patterns(bench.base_model, block_size(bench.base, attracted[0].recipe))
         made.append(bench.attack(source, patterns, transfer.perturbation, all_of_them))
     judged[transfer] = [bench.judge(member.id, member.baked, made, all_of_them) for member in members]
     return Row(arm, members, judged)
@@ -280,12 +279,17 @@ def _transfer_section(
     )
 
 
+def _attracted(spec: Table1Spec) -> list[Arm]:
+    """The arms with attractors."""
+    return [arm for arm in map(spec.arm, spec.arms) if arm.recipe.attractors is not None]
+
+
 def _met_patterns(spec: Table1Spec) -> list[str]:
-    attracted = [arm.name for arm in spec.arms if spec.arm(arm).recipe.attractors is not None]
-    if not attracted:
+    names = ", ".join(arm.name for arm in _attracted(spec))
+    if not names:
         return []
     return [
-        f"All models also met {TRIES} patterns of the frequencies of the attractors of {', '.join(attracted)}, made "
+        f"All models also met {TRIES} patterns of the frequencies of the attractors of {names}, made "
         "without a model; the base's row and the worst case count them."
     ]
 
