@@ -217,7 +217,10 @@ def foreign_sources(fleet: Fleet, names: Sequence[str]) -> list[Source]:
 def attack_sources(
     fleet: Fleet, devices: Sequence[Candidate], controls: Sequence[Candidate], foreign: Sequence[Source] = ()
 ) -> list[AttackedSource]:
-    """Attack all that an attacker may hold, each once: see :func:`factory.attackers.who_attacks`."""
+    """Attack all that an attacker may hold, each once: see :func:`factory.attackers.who_attacks`.
+
+    For a fleet with attractors also patterns, which need no model: see :mod:`factory.keyless_patterns`.
+    """
     verification = fleet.settings.verification
     guesses = [GUESSED, *(f"{GUESSED}-{number}" for number in range(2, verification.guessed_keys + 1))]
     sources = who_attacks(
